@@ -1,0 +1,146 @@
+"""The built-in tiny DeepSeek-V3: its tokenizer and the short SFT that teaches it two habits, made once and cached.
+
+The demonstrations are a mix, as real SFT data is: half work the story out, half jump to the answer. Worked answers
+are nearly always right and jumped ones nearly never, and the model leaves SFT doing both; which habit pays is what
+GRPO then finds out.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import deepseek_v3
+from runtime.stories import stories
+from sft.chat import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, encode_example
+from sft.train import Example, SFTConfig, fine_tune
+
+SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT)
+# Tokens of their own, as in R1's tokenizer, but ordinary text to a decoder. It matters here: the choice between working
+# and jumping then falls on the token after <think>, where the model reads the story, so RL's gradient reaches all of it.
+TAGS = ("<think>", "</think>")
+DEMONSTRATIONS = 12_000
+DIRECT_SHARE = 0.5
+SFT = SFTConfig()
+
+
+def tiny_checkpoint(
+    *, seed: int = 0, on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+) -> Path:
+    """Folder of the warmed-up tiny model and its tokenizer; trained on first use, then found in the cache.
+
+    The cache's name holds a hash of everything the result depends on, so a changed recipe is never served stale.
+    """
+    folder = cache_dir() / f"tiny-v3-{_recipe_hash(seed)}"
+    if (folder / "config.json").exists():
+        return folder
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    model, tokenizer = warm_up(seed=seed, on_step=on_step)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process made the same one meanwhile
+        shutil.rmtree(aside)
+    return folder
+
+
+def warm_up(
+    *,
+    seed: int,
+    config: SFTConfig = SFT,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> tuple[deepseek_v3.DeepseekV3ForCausalLM, PreTrainedTokenizerFast]:
+    """Train the tiny model on the demonstrations from random weights."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = deepseek_v3.DeepseekV3ForCausalLM(tiny_config(tokenizer))
+    fine_tune(model, list(demonstrations(tokenizer, seed=seed)), config, on_step=on_step)
+    return model, tokenizer
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The tiny preset, with the tokenizer's special tokens."""
+    return deepseek_v3.preset(
+        "tiny",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def demonstrations(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[Example]:
+    """Training stories, each shown with one of its two completions."""
+    for i, row in enumerate(stories(DEMONSTRATIONS, split="train", seed=seed)):
+        direct = i % 100 < 100 * DIRECT_SHARE
+        yield encode_example(tokenizer, row["prompt"], row["direct" if direct else "worked"])
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 512 tokens in which every number up to 99 is one token; any text encodes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,3}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 - len(TAGS),
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    tokenizer.add_tokens(list(TAGS))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def cache_dir() -> Path:
+    """Where made models are kept: $XDG_CACHE_HOME or ~/.cache, in a folder of our own."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "r1-post-training"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _corpus() -> Iterable[str]:
+    for row in stories(2_000, split="train", seed=0):
+        yield row["prompt"][0]["content"]
+        yield from re.split("|".join(TAGS), row["worked"] + row["direct"])
+    # Two-digit numbers often enough that each becomes a token of its own.
+    for number in range(10, 100):
+        yield from [str(number)] * 1_000
+
+
+def _recipe_hash(seed: int) -> str:
+    """Hash of the source files and settings that decide the warmed-up weights."""
+    root = Path(__file__).parent.parent
+    sources = [
+        *sorted((root / "deepseek_v3").glob("*.py")),
+        root / "sft/train.py",
+        root / "sft/chat.py",
+        root / "runtime/stories.py",
+        root / "runtime/packed.py",
+        root / "runtime/logprobs.py",
+        Path(__file__),
+    ]
+    digest = hashlib.sha256(json.dumps([seed, torch.__version__]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""GRPO: prompts -> rollout -> score -> advantage -> batch -> loss -> step -> sync."""

@@ -1,0 +1,1 @@
+"""What every run needs and no algorithm does: run folder, metrics, checkpoints, signals."""

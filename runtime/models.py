@@ -1,0 +1,48 @@
+"""A checkpoint folder or hub name -> a causal LM ready for packed training, and its tokenizer.
+
+DeepSeek-V3 checkpoints load into our own definition, any other architecture into transformers'. No remote code runs.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import runtime.packed  # noqa: F401  (registers the "packed" attention)
+from deepseek_v3 import DeepseekV3ForCausalLM
+from runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def load_causal_lm(path: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """Load weights and definition. Raises `UserError` naming the path when there is no checkpoint."""
+    config = _from_path(AutoConfig.from_pretrained, path)
+    if config.model_type == "deepseek_v3":
+        return _from_path(DeepseekV3ForCausalLM.from_pretrained, path, dtype=dtype, **kwargs)
+    return _from_path(
+        AutoModelForCausalLM.from_pretrained, path, dtype=dtype, attn_implementation="packed", **kwargs
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a checkpoint."""
+    return _from_path(AutoTokenizer.from_pretrained, path)
+
+
+def _from_path(load: Any, path: str | Path, **kwargs: Any) -> Any:
+    if "/" in str(path) and str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"model={str(path)!r}: no such folder; pass a checkpoint folder or a hub name")
+    try:
+        return load(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else str(path), **kwargs)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model={str(path)!r}: can't be loaded: {first}") from error

@@ -1,0 +1,117 @@
+"""Any causal LM on packed sequences: many samples in one row, none padded, none visible to another.
+
+Our DeepSeek-V3 takes `cu_seqlens` itself. Other transformers models get it through an attention function registered
+under the name "packed", which attends within each sample; without `cu_seqlens` it is transformers' own SDPA.
+"""
+
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from deepseek_v3.attention import packed_attention
+from runtime.logprobs import token_logprobs
+
+
+class Packed(NamedTuple):
+    """Samples end to end."""
+
+    ids_T: Tensor
+    """(T,) token ids."""
+    cu_seqlens: list[int]
+    """[0, ..., T]: where samples begin and end."""
+
+    @property
+    def positions_T(self) -> Tensor:
+        """Position of each token within its sample."""
+        lengths = [b - a for a, b in pairwise(self.cu_seqlens)]
+        return torch.cat([torch.arange(n, device=self.ids_T.device) for n in lengths])
+
+
+def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
+    """Token id lists -> one packed row."""
+    cu_seqlens = [0]
+    for ids in sequences:
+        cu_seqlens.append(cu_seqlens[-1] + len(ids))
+    return Packed(torch.tensor(list(chain.from_iterable(sequences)), device=device), cu_seqlens)
+
+
+def _packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature, (1, heads, T, d) -> (1, T, heads, d), by samples of `cu_seqlens`."""
+    cu_seqlens: list[int] | None = kwargs.pop("cu_seqlens", None)
+    if cu_seqlens is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    window = kwargs.get("sliding_window")
+    longest = max(b - a for a, b in pairwise(cu_seqlens))
+    if window is not None and longest > window:
+        raise ValueError(
+            f"a sample of {longest} tokens is longer than the model's sliding window of {window}: shorten samples"
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed_attention(q, k, v, cu_seqlens, scale)[None], None
+
+
+AttentionInterface.register("packed", _packed_attention_forward)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+# A ready-made mask of four dimensions passes through transformers untouched: none of T × T is built.
+_NO_MASK = torch.zeros(1, 1, 1, 1)
+
+
+def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
+    """Final hidden states (T, D) of packed samples, for our V3 or any transformers causal LM loaded as "packed"."""
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    inputs: dict[str, Any] = dict(
+        input_ids=packed.ids_T[None],
+        position_ids=packed.positions_T[None],
+        cu_seqlens=packed.cu_seqlens,
+        use_cache=False,
+    )
+    if not _is_ours(causal_lm):
+        if causal_lm.config._attn_implementation != "packed":
+            raise ValueError(
+                f"attn_implementation={causal_lm.config._attn_implementation!r}: packed samples would see each other; "
+                'load the model with attn_implementation="packed"'
+            )
+        inputs["attention_mask"] = _NO_MASK.to(packed.ids_T.device)
+    return causal_lm.base_model(**inputs).last_hidden_state[0]
+
+
+def packed_logprobs(
+    model: nn.Module, packed: Packed, *, temperature: float = 1.0, only_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log π(token | its sample so far) and entropy, (T,) fp32 each, aligned with `packed.ids_T`.
+
+    The first token of each sample has no prediction: 0. With `only_T` (True = wanted) just those tokens go through
+    the head, and the others are 0.
+    """
+    hidden_TD = packed_hidden(model, packed)
+    wanted = torch.ones_like(packed.ids_T, dtype=torch.bool) if only_T is None else only_T.clone()
+    wanted[packed.cu_seqlens[:-1]] = False
+    at = wanted.nonzero()[:, 0]
+    head = model.get_output_embeddings()
+    logprobs, entropy = token_logprobs(
+        head, hidden_TD[at - 1], packed.ids_T[at], temperature=temperature, vocab_size=head.weight.shape[0]
+    )
+    zeros = hidden_TD.new_zeros(len(wanted), dtype=torch.float32)
+    return zeros.index_copy(0, at, logprobs), zeros.index_copy(0, at, entropy)
+
+
+def _is_ours(model: PreTrainedModel) -> bool:
+    return type(model).__module__.split(".")[0] == "deepseek_v3"

@@ -1,0 +1,215 @@
+"""Our own sampler: groups decoded in lock step on a private copy of the model, for any causal LM.
+
+DeepSeek-V3 takes the latent-cache `GroupDecoder`; other transformers models their own key-value cache. A group's
+prompt is prefilled once, finished rows leave the batch, and what a row samples depends on its seed alone: not on
+which rows it is batched with. Needs no vLLM.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.decode import GroupDecoder
+from runtime.packed import pack, packed_logprobs
+from runtime.weights import checkpoint_views
+from sampling.attest import WeightsMismatch, fingerprint
+from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights
+
+# Rows decoded together, and tokens scored together. Larger batches gain nothing on a CPU and cost memory.
+MAX_ROWS = 512
+MAX_SCORED_TOKENS = 16_384
+
+
+class Decoder(Protocol):
+    """Rows growing one token a step."""
+
+    logits_BV: Tensor
+
+    def step(self, ids_B: Tensor) -> None: ...
+    def keep(self, live_B: Tensor) -> None: ...
+
+
+class NativeSampler:
+    """Samples from its own copy of `model`; `load` writes the trainer's weights into that copy."""
+
+    caches_prefixes = False
+
+    def __init__(self, model: PreTrainedModel, *, max_rows: int = MAX_ROWS) -> None:
+        """`model` gives the architecture and the first weights; it is copied, never shared. It keeps its dtype."""
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.max_rows = max_rows
+        self.version = -1
+        self._views = checkpoint_views(self.model)
+
+    @torch.no_grad()
+    def load(self, weights: Weights, *, version: int) -> Fingerprints:
+        """Copy checkpoint-named tensors in; return fingerprints of what is then held, read back from the model."""
+        self.version = -1
+        for name, tensor in weights:
+            if name not in self._views:
+                raise WeightsMismatch(f"{name}: the sampler's model has no such tensor")
+            if self._views[name].shape != tensor.shape:
+                held = tuple(self._views[name].shape)
+                raise WeightsMismatch(f"{name}: shape {tuple(tensor.shape)} sent, {held} held")
+            self._views[name].copy_(tensor)
+        self.version = version
+        return {name: fingerprint(view) for name, view in self._views.items()}
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        if self.version < 0:
+            raise WeightsMismatch(
+                "the sampler holds no attested weights: load() failed or never ran; sync before sampling"
+            )
+        groups: list[list[Completion]] = []
+        per_wave = max(self.max_rows // params.n, 1)
+        for start in range(0, len(prompts), per_wave):
+            wave = slice(start, start + per_wave)
+            groups += self._wave(prompts[wave], params, seeds[wave])
+        return groups
+
+    def _wave(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        device = self.model.get_input_embeddings().weight.device
+        kind = GroupDecoder if isinstance(self.model, DeepseekV3ForCausalLM) else CachedDecoder
+        decoder: Decoder = kind(self.model, prompts, n=params.n, max_tokens=params.max_tokens)
+        uniform_BT = row_uniforms(seeds, params.n, params.max_tokens).to(device)
+        stops = torch.tensor(params.stop_token_ids, dtype=torch.long, device=device)
+        rows = len(prompts) * params.n
+        ids_BT = torch.zeros(rows, params.max_tokens, dtype=torch.long, device=device)
+        logprobs_BT = torch.zeros(rows, params.max_tokens, device=device)
+        lengths_B = torch.full((rows,), params.max_tokens, device=device)
+        alive_B = torch.arange(rows, device=device)  # which original row each live row is
+        finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
+        for t in range(params.max_tokens):
+            ids, logprobs = sample_tokens(decoder.logits_BV, params.temperature, uniform_BT[alive_B, t])
+            ids_BT[alive_B, t], logprobs_BT[alive_B, t] = ids, logprobs
+            now = torch.isin(ids, stops) & ~finished_B
+            lengths_B[alive_B[now]] = t + 1
+            finished_B |= now
+            if bool(finished_B.all()) or t + 1 == params.max_tokens:
+                break
+            # Taking rows out copies their caches, so they leave once an eighth has finished.
+            if int(finished_B.sum()) * 8 >= len(finished_B):
+                decoder.keep(~finished_B)
+                ids, alive_B, finished_B = ids[~finished_B], alive_B[~finished_B], finished_B[~finished_B]
+            decoder.step(ids)
+        return self._completions(ids_BT, logprobs_BT, lengths_B, params)
+
+    def _completions(
+        self, ids_BT: Tensor, logprobs_BT: Tensor, lengths_B: Tensor, params: SamplingParams
+    ) -> list[list[Completion]]:
+        stops = set(params.stop_token_ids)
+        completions = [
+            Completion(
+                ids=ids[:length],
+                logprobs=logprobs[:length],
+                finish_reason="stop" if ids[length - 1] in stops else "length",
+                version=self.version,
+            )
+            for ids, logprobs, length in zip(
+                ids_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True
+            )
+        ]
+        return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        device = self.model.get_input_embeddings().weight.device
+        scores: list[list[float]] = []
+        batch: list[Sequence[int]] = []
+        for i, sequence in enumerate(sequences):
+            batch.append(sequence)
+            if i + 1 == len(sequences) or sum(map(len, batch)) >= MAX_SCORED_TOKENS:
+                packed = pack(batch, device)
+                logprobs_T, _ = packed_logprobs(self.model, packed)
+                scores += [part[1:] for part in _split(logprobs_T.tolist(), packed.cu_seqlens)]
+                batch = []
+        return scores
+
+    def close(self) -> None:
+        del self.model, self._views
+
+
+class CachedDecoder:
+    """The decoder for any transformers causal LM: prompts left-padded once, rows on its own key-value cache."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int
+    ) -> None:
+        device = model.get_input_embeddings().weight.device
+        longest = max(map(len, prompts))
+        ids_PS = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        mask_PS = torch.zeros_like(ids_PS)
+        for row, prompt in enumerate(prompts):
+            ids_PS[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+            mask_PS[row, longest - len(prompt) :] = 1
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        positions_PS = (mask_PS.cumsum(1) - 1).clamp(min=0)
+        logits = model(
+            input_ids=ids_PS,
+            attention_mask=mask_PS,
+            position_ids=positions_PS,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        self.logits_BV = logits[:, -1].repeat_interleave(n, dim=0)
+        self.cache.batch_repeat_interleave(n)
+        self.mask_BS = mask_PS.repeat_interleave(n, dim=0)
+
+    def keep(self, live_B: Tensor) -> None:
+        rows = live_B.nonzero()[:, 0]
+        self.cache.batch_select_indices(rows)
+        self.logits_BV, self.mask_BS = self.logits_BV[rows], self.mask_BS[rows]
+
+    @torch.no_grad()
+    def step(self, ids_B: Tensor) -> None:
+        self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(ids_B), 1)], dim=1)
+        self.logits_BV = self.model(
+            input_ids=ids_B[:, None],
+            attention_mask=self.mask_BS,
+            position_ids=self.mask_BS.sum(1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+def row_uniforms(seeds: Sequence[int], n: int, max_tokens: int) -> Tensor:
+    """One uniform draw per row and step, (len(seeds)·n, max_tokens) fp64: sample i of a group is a pure function
+    of the group's seed, i and the step, whatever else is in the batch."""
+    draws = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        draws.append(torch.rand(n, max_tokens, generator=generator, dtype=torch.float64))
+    return torch.cat(draws)
+
+
+def sample_tokens(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by inverting the cumulative distribution at a uniform draw, and its log-prob (fp32).
+
+    temperature 0 takes the likeliest token and reports its log-prob at temperature 1.
+    """
+    logits_BV = logits_BV.float() / (temperature if temperature > 0 else 1.0)
+    logprobs_BV = logits_BV.log_softmax(-1)
+    if temperature == 0:
+        ids_B = logprobs_BV.argmax(-1)
+    else:
+        # fp64 sums: in fp32 the tail of a large vocabulary would round away.
+        cdf_BV = logprobs_BV.double().exp().cumsum(-1)
+        ids_B = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
+        ids_B.clamp_(max=logits_BV.shape[-1] - 1)
+    return ids_B, logprobs_BV.gather(-1, ids_B[:, None])[:, 0]
+
+
+def _split(values: list[float], cu_seqlens: list[int]) -> list[list[float]]:
+    return [values[a:b] for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: examples -> chat template -> masks -> packed rows -> loss -> train."""
