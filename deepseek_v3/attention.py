@@ -33,9 +33,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-def packed_attention(
-    q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens: Sequence[int], scale: float
-) -> Tensor:
+def packed_attention(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens: Sequence[int], scale: float) -> Tensor:
     """Causal attention within each packed sequence [cu_seqlens[i], cu_seqlens[i+1]) and nowhere else.
 
     Returns (T, H, v). Sequences of one common length run as a single batch, others one by one: no token of
@@ -107,9 +105,7 @@ class MLA(nn.Module):
         """Naive MLA over packed sequences; returns the output (T, D) and the latents a cache would keep."""
         q_nope, q_rope = self.queries(x_TD, cos, sin)
         c_kv, k_rope = self.latent(x_TD, cos, sin)
-        k_nope, v = (
-            self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
-        )
+        k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope[:, None, :].expand(-1, self.heads, -1)], dim=-1)
         out = packed_attention(q, k, v, cu_seqlens, self.scale)
@@ -122,9 +118,7 @@ class MLA(nn.Module):
             # An adapter or a quantised layer: what it computes for the unit vectors is its effective weight.
             unit = torch.eye(self.rank, device=weight.device, dtype=self.kv_a_layernorm.weight.dtype)
             weight = self.kv_b_proj(unit).T
-        w_uk, w_uv = weight.view(self.heads, self.nope + self.value, self.rank).split(
-            [self.nope, self.value], dim=1
-        )
+        w_uk, w_uv = weight.view(self.heads, self.nope + self.value, self.rank).split([self.nope, self.value], dim=1)
         return w_uk, w_uv.transpose(1, 2)
 
     def cached(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, cache: Cache, mask_BLS: Tensor) -> Tensor:

@@ -141,9 +141,7 @@ def preset(name: str, **overrides: Any) -> DeepseekV3Config:
     """The config of a named size, from "tiny" (0.9M) to "671b", with any `DeepseekV3Config` field overridden."""
     if name not in _SIZES:
         nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"preset={name!r}: no such size; did you mean {nearest!r}? Known: {', '.join(PRESETS)}"
-        )
+        raise ValueError(f"preset={name!r}: no such size; did you mean {nearest!r}? Known: {', '.join(PRESETS)}")
     fields = _COMMON | _SIZES[name] | overrides
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     return DeepseekV3Config(**fields)

@@ -26,9 +26,7 @@ from deepseek_v3.rope import cos_sin, cos_sin_scale, inverse_frequencies
 
 # Checkpoints hold experts one by one, the model holds them fused. transformers converts between the two for its own
 # V3; classes from elsewhere get the same conversion only if it's registered again by hand.
-register_checkpoint_conversion_mapping(
-    "deepseek_v3", get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True
-)
+register_checkpoint_conversion_mapping("deepseek_v3", get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True)
 
 
 class Block(GradientCheckpointingLayer):

@@ -40,9 +40,7 @@ def inverse_frequencies(config: DeepseekV3Config) -> Tensor:
         if kind != "yarn":
             raise ValueError(f"rope_parameters.rope_type={kind!r}: DeepSeek-V3 uses 'yarn' or 'default'")
         original = rope["original_max_position_embeddings"]
-        low, high = yarn_ramp(
-            dim, theta, original, rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
-        )
+        low, high = yarn_ramp(dim, theta, original, rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0)
         ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
         return frequencies * (1 - ramp) + frequencies / rope["factor"] * ramp
 
@@ -69,9 +67,7 @@ def cos_sin_scale(config: DeepseekV3Config) -> float:
     return _mscale(factor, 1.0)
 
 
-def cos_sin(
-    positions: Tensor, frequencies: Tensor, scale: float, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def cos_sin(positions: Tensor, frequencies: Tensor, scale: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position × frequency, each (*positions.shape, dim/2). Angles in fp32, whatever the dtype."""
     angles = positions[..., None].float() * frequencies
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)

@@ -99,11 +99,7 @@ def _parse(config_class: type[T], argv: Sequence[str], prog: str, description: s
         name = name.removesuffix("+")  # --stop+=x appends to a list
         where = f"flag --{name}"
         tree = _yaml_value(value) if dataclasses.is_dataclass(known.get(name)) else value
-        given += (
-            _flatten(tree, f"{name}.", known, where)
-            if isinstance(tree, dict)
-            else [_Given(name, value, where)]
-        )
+        given += _flatten(tree, f"{name}.", known, where) if isinstance(tree, dict) else [_Given(name, value, where)]
     for g in given:
         _check_name(g, known)
 
@@ -128,9 +124,7 @@ def _help(parser: ArgumentParser, config_class: type) -> str:
     for name, group in _optional_groups(config_class):
         hidden = ArgumentParser(usage=SUPPRESS, add_help=False)
         hidden.add_class_arguments(group, name, fail_untyped=True)
-        text += (
-            f"\n{name} is null unless something in it, or --{name}={{}}, is given.\n{hidden.format_help()}"
-        )
+        text += f"\n{name} is null unless something in it, or --{name}={{}}, is given.\n{hidden.format_help()}"
     return text
 
 
@@ -179,24 +173,14 @@ def _split(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], li
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
-        if (
-            token in ("-h", "--help")
-            or name == "print_config"
-            or (token.endswith(".help") and name[:-5] in known)
-        ):
+        if token in ("-h", "--help") or name == "print_config" or (token.endswith(".help") and name[:-5] in known):
             switches.append(token)
             continue
         if not token.startswith("--"):
-            raise UserError(
-                f"{token!r} stands alone; settings look like --optim.lr 1e-4, files like --config x.yaml"
-            )
+            raise UserError(f"{token!r} stands alone; settings look like --optim.lr 1e-4, files like --config x.yaml")
         hint = known.get(name.removesuffix("+"))
         if not equals:
-            if (
-                hint is not None
-                and _kind(hint) is bool
-                and not (rest and rest[0].lower() in ("true", "false", "null"))
-            ):
+            if hint is not None and _kind(hint) is bool and not (rest and rest[0].lower() in ("true", "false", "null")):
                 value = "true"
             elif rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -205,12 +189,7 @@ def _split(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[list[str], li
         if name == "config":
             files.append(value)
             continue
-        if (
-            hint is not None
-            and not name.endswith("+")
-            and _kind(hint) in (tuple, list)
-            and value[:1] not in ("[", "(")
-        ):
+        if hint is not None and not name.endswith("+") and _kind(hint) in (tuple, list) and value[:1] not in ("[", "("):
             value = "null" if value == "null" else f"[{value}]"  # --report_to wandb,trackio
         flags.append(f"--{name}={value}")
     return switches, files, flags
@@ -304,9 +283,7 @@ def _build(config_class: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     values = {}
     for field in dataclasses.fields(config_class):
         value, group = tree[field.name], _group(hints[field.name])
-        values[field.name] = (
-            _build(group, value, f"{prefix}{field.name}.") if group and value is not None else value
-        )
+        values[field.name] = _build(group, value, f"{prefix}{field.name}.") if group and value is not None else value
     try:
         return config_class(**values)
     except ValueError as error:

@@ -43,9 +43,7 @@ def tiny_model(console: Console) -> Path:
 
         folder = tiny_checkpoint(on_step=on_step)
     seconds = time.monotonic() - began
-    console.print(
-        Text(f"tiny model: {folder}" + (f" (made in {seconds:.0f} s)" if seconds > 5 else " (cached)"))
-    )
+    console.print(Text(f"tiny model: {folder}" + (f" (made in {seconds:.0f} s)" if seconds > 5 else " (cached)")))
     return folder
 
 
@@ -71,9 +69,7 @@ def show(result: Result, console: Console) -> None:
             )
         )
     elif result.after:
-        console.print(
-            Text(f"\nheld-out accuracy   {result.after.accuracy} of {result.after.problems} problems")
-        )
+        console.print(Text(f"\nheld-out accuracy   {result.after.accuracy} of {result.after.problems} problems"))
     if result.exit_code:
         console.print(Text(f"left after step {result.steps}, saved; the same command with --resume goes on"))
     console.print(Text(f"run folder          {result.run_dir}  (open report.html)"))

@@ -46,8 +46,7 @@ def resolve(name: str) -> RewardFunction:
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value)]
         raise ValueError(
-            f"reward {name!r}: module {module_name!r} has no function {attribute!r}"
-            + _nearest(attribute, names)
+            f"reward {name!r}: module {module_name!r} has no function {attribute!r}" + _nearest(attribute, names)
         )
     return function
 

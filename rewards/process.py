@@ -89,9 +89,7 @@ class RewardProcess:
             self.kill()
             raise WorkerError(str(reply.get("error")))
 
-    def call(
-        self, arguments: Mapping[str, Any], *, rows: int, step: int, time_limit: float
-    ) -> dict[str, Any]:
+    def call(self, arguments: Mapping[str, Any], *, rows: int, step: int, time_limit: float) -> dict[str, Any]:
         """Call the function on `rows` rows; `time_limit` in seconds counts from when the process is ready.
 
         Returns "values" (a finite float, or text saying why there is none, per row), "metrics", "columns".

@@ -32,9 +32,7 @@ def count_known(groups: Sequence[Group]) -> int:
     return sum(not math.isnan(a) for group in groups for a in group.advantages)
 
 
-def batches(
-    samples: Sequence[Sample], *, max_tokens: int, device: torch.device | str = "cpu"
-) -> Iterator[Batch]:
+def batches(samples: Sequence[Sample], *, max_tokens: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
     """Pack samples in order into batches of at most `max_tokens` tokens (a longer sample gets its own)."""
     taken: list[Sample] = []
     tokens = 0

@@ -36,9 +36,7 @@ class Policy:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         base = load_causal_lm(config.model).to(world.device)
         if self.tokenizer.eos_token_id is None:
-            raise UserError(
-                f"model={config.model!r}: its tokenizer has no end token, so no completion could end"
-            )
+            raise UserError(f"model={config.model!r}: its tokenizer has no end token, so no completion could end")
         self.model: nn.Module = base if config.lora is None else add_adapters(base, config.lora, config.seed)
         self.model.eval()  # no dropout: π_old and π_θ must be the same function
         self.reference: nn.Module | None = None
@@ -53,9 +51,7 @@ class Policy:
     def logprobs(self, packed: Packed, *, only_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log π_θ and entropy at the sampling temperature, (T,) each."""
         with self.world.autocast():
-            return packed_logprobs(
-                self.model, packed, temperature=self.config.sampling.temperature, only_T=only_T
-            )
+            return packed_logprobs(self.model, packed, temperature=self.config.sampling.temperature, only_T=only_T)
 
     @torch.no_grad()
     def reference_logprobs(self, packed: Packed, *, only_T: Tensor) -> Tensor | None:
@@ -109,9 +105,7 @@ def add_adapters(base: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Modul
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(
-            base, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
-        )
+        return peft.get_peft_model(base, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
 
 
 def make_sampler(policy: Policy, config: GRPOConfig) -> Sampler:

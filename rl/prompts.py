@@ -50,9 +50,7 @@ class PromptSource:
         )
 
 
-def make_source(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_prompt_tokens: int
-) -> PromptSource:
+def make_source(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, seed: int, max_prompt_tokens: int) -> PromptSource:
     """Set aside rows whose prompt has more than `max_prompt_tokens` tokens."""
     kept = Rows(source=rows.source, rejects=rows.rejects)
     kept.extend(row for row in rows if _fits(row["prompt"], tokenizer, max_prompt_tokens))

@@ -184,9 +184,7 @@ class Scorer:
         """Do the work for every reward on its own thread, all at once; the first error after all end."""
         if self._closed:
             raise ValueError("this Scorer is closed; make a new one")
-        futures: dict[str, Future[Any]] = {
-            name: thread.submit(work, name) for name, thread in self._threads.items()
-        }
+        futures: dict[str, Future[Any]] = {name: thread.submit(work, name) for name, thread in self._threads.items()}
         wait(futures.values())
         return {name: future.result() for name, future in futures.items()}
 
@@ -218,9 +216,7 @@ class Scorer:
                 part.unknown.append(Unknown(row=row, reward=name, reason=str(error)))
         return part
 
-    def _fill(
-        self, part: _Part, name: str, rows: range, arguments: Mapping[str, list[Any]], step: int
-    ) -> None:
+    def _fill(self, part: _Part, name: str, rows: range, arguments: Mapping[str, list[Any]], step: int) -> None:
         """Call one reward on these rows and put what it returned in its place."""
         process = self._processes[name]
         reply = process.call(arguments, rows=len(rows), step=step, time_limit=self.time_limit)

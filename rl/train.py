@@ -101,9 +101,7 @@ class Run:
         self.sampler: Sampler = make_sampler(self.policy, config)
         self.synced: SyncReport | None = None
         coarser = (
-            "float32"
-            if type(self.sampler).__name__ == "NativeSampler" and config.precision == "fp32"
-            else "bfloat16"
+            "float32" if type(self.sampler).__name__ == "NativeSampler" and config.precision == "fp32" else "bfloat16"
         )
         self.canary = make_canary(self.policy.causal_lm.config.vocab_size, dtype=coarser, length=64)
         self.params = SamplingParams(
@@ -301,9 +299,7 @@ class Run:
     @contextlib.contextmanager
     def _tracker(self) -> Iterator[StepTracker]:
         title = f"GRPO {self.folder.path.name}"
-        with track_steps(
-            self.config.steps, title, start=self.done, console=_console(self.world.is_main)
-        ) as tracker:
+        with track_steps(self.config.steps, title, start=self.done, console=_console(self.world.is_main)) as tracker:
             yield tracker
 
 

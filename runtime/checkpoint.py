@@ -54,9 +54,7 @@ def save_checkpoint(
     parent = Path(checkpoints_dir)
     parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(parent)
-    final, aside, old = (
-        parent / f"{name}{end}" for end in ("", f".tmp-{os.getpid()}", f".old-{os.getpid()}")
-    )
+    final, aside, old = (parent / f"{name}{end}" for end in ("", f".tmp-{os.getpid()}", f".old-{os.getpid()}"))
     ours = {aside.resolve(), old.resolve()}
     _writing.update(ours)
     try:
@@ -72,9 +70,7 @@ def save_checkpoint(
         for folder in sorted({aside, *(p.parent for p in files)}, reverse=True):
             fsync(folder)
         if final.exists():
-            final.rename(
-                old
-            )  # a full folder can't be renamed over; _clear_leftovers puts it back if we die here
+            final.rename(old)  # a full folder can't be renamed over; _clear_leftovers puts it back if we die here
             failpoint("checkpoint/between-renames")
         aside.rename(final)
         failpoint("checkpoint/after-rename")
@@ -130,9 +126,7 @@ def latest_checkpoint(checkpoints_dir: str | Path) -> Path | None:
             return path
     if steps:
         names = ", ".join(p.name for p in steps)
-        raise CheckpointError(
-            f"{parent}: every checkpoint is damaged ({names}); move them away to start afresh"
-        )
+        raise CheckpointError(f"{parent}: every checkpoint is damaged ({names}); move them away to start afresh")
     return None
 
 

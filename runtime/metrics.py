@@ -45,9 +45,7 @@ class MetricsLog:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"report_to={name!r} is not installed; run: pip install -e '.[track]'")
         self.path = Path(path)
-        self._waiting = list(
-            dict.fromkeys(report_to)
-        )  # started at the first line: only then is its step known
+        self._waiting = list(dict.fromkeys(report_to))  # started at the first line: only then is its step known
         self._trackers: dict[str, Any] = {}
         self._run_name, self._run_dir, self._config = run_name, Path(run_dir), flatten(config)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +89,7 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     def _start(self, name: str, step: int) -> None:

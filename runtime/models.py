@@ -28,9 +28,7 @@ def load_causal_lm(path: str | Path, *, dtype: torch.dtype = torch.float32, **kw
     config = _from_path(AutoConfig.from_pretrained, path)
     if config.model_type == "deepseek_v3":
         return _from_path(DeepseekV3ForCausalLM.from_pretrained, path, dtype=dtype, **kwargs)
-    return _from_path(
-        AutoModelForCausalLM.from_pretrained, path, dtype=dtype, attn_implementation="packed", **kwargs
-    )
+    return _from_path(AutoModelForCausalLM.from_pretrained, path, dtype=dtype, attn_implementation="packed", **kwargs)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

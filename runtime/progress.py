@@ -54,8 +54,7 @@ def visible(text: str, *, keep: str = "\n") -> str:
         return text
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(
-        c.encode("unicode_escape").decode() if c not in keep and unicodedata.category(c) in hidden else c
-        for c in text
+        c.encode("unicode_escape").decode() if c not in keep and unicodedata.category(c) in hidden else c for c in text
     )
 
 
@@ -69,9 +68,7 @@ class Phase:
 
 
 @contextmanager
-def track_steps(
-    total: int, title: str, *, start: int = 0, console: Console | None = None
-) -> "Iterator[StepTracker]":
+def track_steps(total: int, title: str, *, start: int = 0, console: Console | None = None) -> "Iterator[StepTracker]":
     """Show the progress of a run of `total` steps, `start` of which are already done (a resumed run).
 
     Yields a StepTracker: `.update(step, metrics)` after each step, `.phase(name)` around its parts,
@@ -107,9 +104,7 @@ class StepTracker:
         """Show that `step` (counted from 1) is done, with its metrics; values that aren't numbers are passed
         over."""
         now = time.monotonic()
-        numbers = {
-            k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)
-        }
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         for key, series in self._series.items():
             if math.isfinite(numbers.get(key, math.nan)):
                 series.append(numbers[key])
@@ -151,9 +146,7 @@ class StepTracker:
         times = f"{self.step}/{self.total}  {_clock(now - self._began)} < {_clock(self._remaining(now))}"
         head.add_row(ProgressBar(self.total, self.step), Text(times))
         numbers = Table.grid(padding=(0, 2))
-        cells = [
-            (Text(visible(k, keep=""), style="dim"), Text(v, style="bold")) for k, v in _shown(self._metrics)
-        ]
+        cells = [(Text(visible(k, keep=""), style="dim"), Text(v, style="bold")) for k, v in _shown(self._metrics)]
         for row in _rows_of(cells, 3):
             numbers.add_row(*(cell for pair in row for cell in pair))
         lines = Table.grid(padding=(0, 2))
@@ -166,9 +159,7 @@ class StepTracker:
             self._spinner.update(text=Text(self._phase))
             parts.append(self._spinner)
         parts += [table for table in (numbers, lines) if table.row_count]
-        return Panel(
-            Group(*parts), title=Text(self.title, style="bold"), title_align="left", border_style="dim"
-        )
+        return Panel(Group(*parts), title=Text(self.title, style="bold"), title_align="left", border_style="dim")
 
     def _remaining(self, now: float) -> float:
         done = self.step - self.start
@@ -238,8 +229,7 @@ def _shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         if key == "rewards/*/mean":
             parts = [k for k in metrics if k.startswith("rewards/") and k.endswith("/mean")]
             shown += [
-                (visible(k.removeprefix("rewards/").removesuffix("/mean"), keep=""), form(metrics[k]))
-                for k in parts
+                (visible(k.removeprefix("rewards/").removesuffix("/mean"), keep=""), form(metrics[k])) for k in parts
             ]
         elif key in metrics:
             shown.append((label, form(metrics[key])))

@@ -72,9 +72,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = Path(run_dir)
     if not run.is_dir():
-        raise UserError(
-            f"run_dir={str(run)!r}: no such folder; give the folder of a run, such as runs/<name>"
-        )
+        raise UserError(f"run_dir={str(run)!r}: no such folder; give the folder of a run, such as runs/<name>")
     notes: list[str] = []
     metrics = _read_metrics(run / "metrics.jsonl", notes)
     samples = _read_samples(run / "rollouts", notes)
@@ -114,9 +112,7 @@ def _read_metrics(path: Path, notes: list[str]) -> Metrics:
     by_step: dict[int, dict[str, Any]] = {}
     rows = [row for row in read_metrics(path) if isinstance(row.get("step"), int)]
     for row in rows:
-        by_step.setdefault(row["step"], {}).update(
-            row
-        )  # a line for training and one for evaluation: one step
+        by_step.setdefault(row["step"], {}).update(row)  # a line for training and one for evaluation: one step
     if broken := len(path.read_bytes().splitlines()) - len(rows):
         notes.append(f"metrics.jsonl: {broken} unreadable line(s) were left out.")
     return [by_step[step] for step in sorted(by_step)]
@@ -179,9 +175,7 @@ def _environment(path: Path, notes: list[str]) -> list[tuple[str, str]]:
         return []
     if not isinstance(found, dict):
         found = {"environment": found}
-    shown = {
-        k: v if isinstance(v, str) else json.dumps(v, indent=1, ensure_ascii=False) for k, v in found.items()
-    }
+    shown = {k: v if isinstance(v, str) else json.dumps(v, indent=1, ensure_ascii=False) for k, v in found.items()}
     return [(visible(k), visible(v)) for k, v in shown.items()]
 
 
@@ -234,15 +228,11 @@ def _health(metrics: Metrics) -> list[str]:
             "use harder or easier prompts, or larger groups."
         )
     if (share := recent("completions/clipped_ratio")) > 0.2:
-        said.append(
-            f"{share:.0%} of the completions were cut at the length limit: raise it, or shape length."
-        )
+        said.append(f"{share:.0%} of the completions were cut at the length limit: raise it, or shape length.")
     if (gap := recent("sampling/logp_gap/mean")) > 0.05:
         said.append(f"Sampler and trainer disagree by {gap:.3f} per token on average: check dtype and sync.")
     if (share := recent("rewards/unknown")) > 0.05:
-        said.append(
-            f"{share:.0%} of the rewards were unknown: look at the gold answers and the grader's log."
-        )
+        said.append(f"{share:.0%} of the rewards were unknown: look at the gold answers and the grader's log.")
     entropy = _curve(metrics, "entropy").values
     if len(entropy) > 4 and entropy[-1] < 0.1 * entropy[0]:
         said.append(f"Entropy fell from {entropy[0]:.3g} to {entropy[-1]:.3g}: exploration has nearly ended.")
@@ -282,9 +272,7 @@ def _plots(metrics: Metrics) -> list[dict[str, Any]]:
             axes.legend(loc="upper left", bbox_to_anchor=(0, 1.16), ncols=4, fontsize=8, handlelength=1.2)
         plots.append({"title": title, "caption": caption, "svg": _svg(figure, f"p{len(plots)}-", title)})
 
-    def lines(
-        *wanted: tuple[str, str, str], scale: Literal["", "share", "log"] = ""
-    ) -> Callable[[Any], bool]:
+    def lines(*wanted: tuple[str, str, str], scale: Literal["", "share", "log"] = "") -> Callable[[Any], bool]:
         def draw(axes: Any) -> bool:
             found = [(label, colour, c) for key, label, colour in wanted if (c := _curve(metrics, key)).steps]
             for label, colour, curve in found:
@@ -305,9 +293,7 @@ def _plots(metrics: Metrics) -> list[dict[str, Any]]:
             "Band: 95 % interval over the held-out problems.",
             _draw_reward(metrics),
         )
-        parts = sorted(
-            {k for row in metrics for k in row if k.startswith("rewards/") and k.endswith("/mean")}
-        )
+        parts = sorted({k for row in metrics for k in row if k.startswith("rewards/") and k.endswith("/mean")})
         if len(parts) > 1:
             named = [(k, visible(k[8:-5], keep=""), COLOURS[i % len(COLOURS)]) for i, k in enumerate(parts)]
             add("Reward by part", "Mean of each reward function before its weight.", lines(*named))
@@ -323,9 +309,7 @@ def _plots(metrics: Metrics) -> list[dict[str, Any]]:
             scale="share",
         )
         add("Where signal is lost", "Groups of equal reward have zero variance and no gradient.", lost)
-        gap = lines(
-            ("sampling/logp_gap/mean", "mean", BLUE), ("sampling/logp_gap/max", "max", GREY), scale="log"
-        )
+        gap = lines(("sampling/logp_gap/mean", "mean", BLUE), ("sampling/logp_gap/max", "max", GREY), scale="log")
         add("Sampler-trainer gap", "|log-prob difference| per sampled token, log scale.", gap)
         spread = lines(("entropy", "entropy", BLUE), ("kl", "KL to reference", ORANGE))
         add("Entropy", "Per token, in nats.", spread)
@@ -343,9 +327,7 @@ def _draw_reward(metrics: Metrics) -> Callable[[Any], bool]:
             low, high = _curve(metrics, "eval/accuracy_low"), _curve(metrics, "eval/accuracy_high")
             if low.steps == high.steps == held_out.steps:
                 axes.vlines(held_out.steps, low.values, high.values, color=ORANGE, alpha=0.4, linewidth=2.5)
-                axes.fill_between(
-                    held_out.steps, low.values, high.values, color=ORANGE, alpha=0.12, linewidth=0
-                )
+                axes.fill_between(held_out.steps, low.values, high.values, color=ORANGE, alpha=0.12, linewidth=0)
             label = "held-out accuracy"
             axes.plot(held_out.steps, held_out.values, color=ORANGE, marker="o", markersize=4, label=label)
         values = reward.values + held_out.values
@@ -370,9 +352,7 @@ def _draw_time(metrics: Metrics) -> Callable[[Any], bool]:
         for i, name in enumerate(names):
             heights = _thin([seconds.get(name, 0.0) for _, seconds in timed])
             colour = known.get(name, COLOURS[(i + 4) % len(COLOURS)])
-            axes.bar(
-                steps, heights, width, bottom=base, color=colour, label=visible(name, keep=""), linewidth=0
-            )
+            axes.bar(steps, heights, width, bottom=base, color=colour, label=visible(name, keep=""), linewidth=0)
             base = [b + h for b, h in zip(base, heights, strict=True)]
         return True
 

@@ -91,9 +91,7 @@ def load_rows(source: str, *, limit: int | None = None, max_bad_fraction: float 
         try:
             row = normalise(_parse(found) if isinstance(found, bytes) else found)
         except BadRow as bad:
-            rows.rejects.append(
-                Reject(line=line, reason=bad.reason, text=_excerpt(found), malformed=bad.malformed)
-            )
+            rows.rejects.append(Reject(line=line, reason=bad.reason, text=_excerpt(found), malformed=bad.malformed))
             continue
         rows.append(row)
         rows.lines.append(line)
@@ -128,9 +126,7 @@ def normalise(row: object) -> Row:
             raise BadRow("no answer after ####")
         out.setdefault("solution", solution.rstrip())
     # Paid by equality, a gold of "proof" would teach the policy to answer "proof".
-    if layout == "problem" and (
-        answer.strip().lower() in UNVERIFIABLE or row.get("question_type") == "proof"
-    ):
+    if layout == "problem" and (answer.strip().lower() in UNVERIFIABLE or row.get("question_type") == "proof"):
         raise BadRow("nothing to verify (answer is proof or notfound)", malformed=False)
     if layout != "prompt":
         del out[layout]
@@ -176,9 +172,7 @@ def _prompt(value: object, layout: str) -> str | list[dict[str, Any]]:
     if not isinstance(value, list):
         raise BadRow(f"prompt is {_kind(value)}, not a string or a list of messages")
     for message in value:
-        if not (
-            isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-        ):
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
             raise BadRow("prompt has a message that isn't an object with the strings role and content")
     if not any(message["content"].strip() for message in value):
         raise BadRow("empty prompt")
@@ -201,9 +195,7 @@ def _read(source: str, limit: int | None) -> Iterator[tuple[int, object]]:
         return _read_parquet(path)
     if path.is_file():
         raise UserError(f"source {source!r}: can't tell what kind of file this is; rows come from {KINDS}")
-    looks_like_path = name.endswith((".jsonl", ".json", ".gz", ".parquet")) or source.startswith(
-        ("/", ".", "~")
-    )
+    looks_like_path = name.endswith((".jsonl", ".json", ".gz", ".parquet")) or source.startswith(("/", ".", "~"))
     if looks_like_path and not Path(source.partition(":")[0]).expanduser().is_dir():
         raise UserError(f"source {source!r}: no such file or folder; rows come from {KINDS}")
     return enumerate(_load_dataset(source), start=1)
@@ -249,9 +241,7 @@ def _load_dataset(source: str) -> Iterator[Row]:
     base, *rest = source.split(":")
     folder = Path(base).expanduser()
     if len(rest) > 2 or not (folder.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
-        raise UserError(
-            f"source {source!r}: not a file, a folder or a dataset's name; rows come from {KINDS}"
-        )
+        raise UserError(f"source {source!r}: not a file, a folder or a dataset's name; rows come from {KINDS}")
     split = rest[-1] if rest else "train"
 
     import datasets
@@ -264,18 +254,14 @@ def _load_dataset(source: str) -> Iterator[Row]:
         where = str(folder) if folder.is_dir() else base
         return iter(datasets.load_dataset(where, rest[0] if len(rest) == 2 else None, split=split))
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"source {source!r}: `datasets` can't load it: {error}; rows come from {KINDS}"
-        ) from error
+        raise UserError(f"source {source!r}: `datasets` can't load it: {error}; rows come from {KINDS}") from error
 
 
 def _parse(line: bytes) -> object:
     try:
         text = line.decode()
         row = json.loads(text)
-        if (
-            "\\ud" in text.lower()
-        ):  # JSON can spell a lone surrogate, which no tokenizer or Parquet file accepts
+        if "\\ud" in text.lower():  # JSON can spell a lone surrogate, which no tokenizer or Parquet file accepts
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise BadRow("broken UTF-8") from error

@@ -80,9 +80,7 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         pairs = []
         for key, item in value.items():
             if type(key) not in (str, int):
-                raise ValueError(
-                    f"{path or 'state'}: key {key!r} is a {type(key).__name__}; use str or int keys"
-                )
+                raise ValueError(f"{path or 'state'}: key {key!r} is a {type(key).__name__}; use str or int keys")
             # repr tells the key 0 from the key "0".
             pairs.append((key, _encode(item, f"{path}.{key!r}" if path else repr(key), tensors)))
         plain = all(type(k) is str and not k.startswith("$") for k, _ in pairs)

@@ -52,17 +52,12 @@ def _layout(model: nn.Module) -> dict[str, tuple]:
         first = int(numbers.flatten()[0])
         start = int(boundaries[torch.searchsorted(boundaries, first, right=True) - 1])
         strides = tuple(
-            int(numbers.select(d, 1).flatten()[0]) - first if size > 1 else 1
-            for d, size in enumerate(numbers.shape)
+            int(numbers.select(d, 1).flatten()[0]) - first if size > 1 else 1 for d, size in enumerate(numbers.shape)
         )
         offset = first - start
-        rebuilt = torch.arange(start, start + state[starts[start]].numel()).as_strided(
-            numbers.shape, strides, offset
-        )
+        rebuilt = torch.arange(start, start + state[starts[start]].numel()).as_strided(numbers.shape, strides, offset)
         if not torch.equal(rebuilt, numbers):
-            raise ValueError(
-                f"{name} is not a strided part of {starts[start]}: transformers rearranges it on saving"
-            )
+            raise ValueError(f"{name} is not a strided part of {starts[start]}: transformers rearranges it on saving")
         base = state[starts[start]].storage_offset()
         layout[name] = (starts[start], tuple(numbers.shape), strides, base + offset)
     return layout

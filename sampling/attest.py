@@ -138,9 +138,7 @@ def sync(
                 f"prefix cache: {cached} tokens of the canary prompt still come from keys and values of the "
                 "old weights; reset the prefix cache when loading"
             )
-        mean, largest = _check_canary(
-            sampler.score(canary.sequences), score_trainer(canary.sequences), canary
-        )
+        mean, largest = _check_canary(sampler.score(canary.sequences), score_trainer(canary.sequences), canary)
     except BaseException:
         sampler.version = -1
         raise
@@ -166,9 +164,7 @@ def _load(sampler: Sampler, weights_factory: Callable[[], Weights], *, version: 
         raise WeightsMismatch(f"{error}; never received: {_listed(lost)}", received=error.received) from error
 
 
-def _compare(
-    weights: Weights, held: Fingerprints, *, previous: SyncReport | None
-) -> tuple[Fingerprints, int]:
+def _compare(weights: Weights, held: Fingerprints, *, previous: SyncReport | None) -> tuple[Fingerprints, int]:
     """The trainer's own fingerprints and their tensors' total bytes, if `held` equals them."""
     ours: Fingerprints = {}
     faults: list[str] = []
@@ -180,9 +176,7 @@ def _compare(
             faults.append(f"{name} {list(tensor.shape)} {_fault(name, tensor, held, previous)}")
     faults += [f"{name} is held by the sampler but is not the trainer's" for name in held if name not in ours]
     if faults:
-        raise WeightsMismatch(
-            f"{len(faults)} of {len(ours)} tensors differ: {_listed(faults)}", received=held
-        )
+        raise WeightsMismatch(f"{len(faults)} of {len(ours)} tensors differ: {_listed(faults)}", received=held)
     return ours, size
 
 
@@ -202,9 +196,7 @@ def _check_canary(theirs: list[list[float]], ours: list[list[float]], canary: Ca
     for who, scores in (("sampler", theirs), ("trainer", ours)):
         if (lengths := [len(row) for row in scores]) != expected:
             raise ValueError(f"canary: the {who} scored {lengths} tokens of its sequences, not {expected}")
-    gaps = [
-        abs(a - b) for left, right in zip(theirs, ours, strict=True) for a, b in zip(left, right, strict=True)
-    ]
+    gaps = [abs(a - b) for left, right in zip(theirs, ours, strict=True) for a, b in zip(left, right, strict=True)]
     mean, largest = math.fsum(gaps) / len(gaps), max(gaps)
     if not (mean <= canary.mean_tolerance and largest <= canary.max_tolerance):  # a NaN fails too
         raise WeightsMismatch(

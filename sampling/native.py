@@ -115,9 +115,7 @@ class NativeSampler:
                 finish_reason="stop" if ids[length - 1] in stops else "length",
                 version=self.version,
             )
-            for ids, logprobs, length in zip(
-                ids_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True
-            )
+            for ids, logprobs, length in zip(ids_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True)
         ]
         return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
 
@@ -143,9 +141,7 @@ class CachedDecoder:
     """The decoder for any transformers causal LM: prompts left-padded once, rows on its own key-value cache."""
 
     @torch.no_grad()
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int) -> None:
         device = model.get_input_embeddings().weight.device
         longest = max(map(len, prompts))
         ids_PS = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)

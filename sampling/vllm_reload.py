@@ -98,8 +98,6 @@ def _unfilled(model: nn.Module, most: int = 8) -> list[str]:
         empty = parameter.isnan().reshape(parameter.shape[0], -1).any(dim=1).nonzero().flatten().tolist()
         if empty:
             unit = "experts" if parameter.ndim == 3 else "rows"
-            shown = (
-                str(empty) if len(empty) <= most else f"{len(empty)} of {parameter.shape[0]}, from {empty[0]}"
-            )
+            shown = str(empty) if len(empty) <= most else f"{len(empty)} of {parameter.shape[0]}, from {empty[0]}"
             holes.append(f"{name} ({unit} {shown})")
     return [*holes[:most], f"and {len(holes) - most} more"] if len(holes) > most else holes

@@ -103,13 +103,9 @@ class VLLMSampler:
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
         if 0 < params.temperature < 0.01:
-            raise ValueError(
-                f"temperature={params.temperature}: vLLM would raise it to 0.01; use that, or 0 (greedy)"
-            )
+            raise ValueError(f"temperature={params.temperature}: vLLM would raise it to 0.01; use that, or 0 (greedy)")
         self._check(prompts, room=params.max_tokens, what="prompt")
-        requests = [
-            self._request(params, seed=_stream_seed(seed, i)) for seed in seeds for i in range(params.n)
-        ]
+        requests = [self._request(params, seed=_stream_seed(seed, i)) for seed in seeds for i in range(params.n)]
         outputs = self._generate([prompt for prompt in prompts for _ in range(params.n)], requests)
         completions = [self._completion(output.outputs[0]) for output in outputs]
         return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
@@ -119,9 +115,7 @@ class VLLMSampler:
         from vllm import SamplingParams as Request
 
         self._check(sequences, room=1, what="sequence")
-        request = Request(
-            max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False
-        )
+        request = Request(max_tokens=1, temperature=0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         return [list(output.prompt_logprobs.logprobs) for output in self._generate(sequences, request)]
 
     def cached_prompt_tokens(self, prompt: Sequence[int]) -> int:

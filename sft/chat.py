@@ -47,9 +47,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return list(rendered)
 
 
-def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str
-) -> tuple[list[int], list[bool]]:
+def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> tuple[list[int], list[bool]]:
     """A demonstration as ids and a mask of the same length: True = trained, the completion and its end token."""
     prompt_ids = encode_prompt(tokenizer, prompt)
     completion_ids = [

@@ -60,9 +60,7 @@ def make_optimizers(model: nn.Module, config: SFTConfig) -> list[torch.optim.Opt
     ]
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=config.lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(matrices, lr=config.lr, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
 

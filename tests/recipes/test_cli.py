@@ -103,9 +103,7 @@ def test_bare_boolean_flag_is_true() -> None:
 def test_optional_values_take_null(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "model: m\nlora: {rank: 2}\n")
     assert ask("--config", file).lora == LoraConfig(rank=2)
-    assert ask("--config", file, "--lora", "null", "--max_grad_norm", "null") == Config(
-        model="m", max_grad_norm=None
-    )
+    assert ask("--config", file, "--lora", "null", "--max_grad_norm", "null") == Config(model="m", max_grad_norm=None)
     assert ask("--config", file, "--lora", '{"rank": 3}').lora == LoraConfig(rank=3)
 
 
@@ -146,18 +144,13 @@ def test_unknown_key_names_its_file(capsys: pytest.CaptureFixture[str], tmp_path
     assert said == f"optim.lrr is not a setting ({bad}); did you mean optim.lr?"
 
 
-def test_wrong_type_names_field_value_and_expected(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_wrong_type_names_field_value_and_expected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "model: m\nlora: {rank: many}\n")
     assert refusal(capsys, "--config", file) == f"lora.rank='many' ({file}): expected int"
     assert refusal(capsys, "--optim.lr", "x") == "optim.lr='x' (flag --optim.lr): expected float"
     assert refusal(capsys, "--loss", "x") == "loss='x' (flag --loss): expected one of grpo, dapo"
     assert refusal(capsys, "--max_grad_norm", "x").endswith("expected float or null")
-    assert (
-        refusal(capsys, "--rewards.format", "x")
-        == "rewards.format='x' (flag --rewards.format): expected float"
-    )
+    assert refusal(capsys, "--rewards.format", "x") == "rewards.format='x' (flag --rewards.format): expected float"
     assert refusal(capsys, "--optim.betas", "[1]").endswith("expected tuple[float, float]")
     assert "expected settings of its own: rank" in refusal(capsys, "--model", "m", "--lora", "8")
 

@@ -120,9 +120,7 @@ def test_different_answers_are_not_equal(given: str, gold: str) -> None:
     assert not equal(given, gold)
 
 
-@pytest.mark.parametrize(
-    ("response", "score"), [case[1:] for case in RESPONSES], ids=[c[0] for c in RESPONSES]
-)
+@pytest.mark.parametrize(("response", "score"), [case[1:] for case in RESPONSES], ids=[c[0] for c in RESPONSES])
 def test_only_the_last_box_after_the_thinking_is_graded(response: str, score: float) -> None:
     assert grade(response, "31") == score
 

@@ -52,9 +52,7 @@ def test_strings_and_conversations_score_the_same() -> None:
     assert format_reward(completions=texts) == [1.0] * len(GOOD) + [0.0] * len(BAD)
 
 
-@pytest.mark.parametrize(
-    "text", ["<think>" * 150_000, "<think></think>" + r"\boxed{" * 150_000, "<" * 1_000_000]
-)
+@pytest.mark.parametrize("text", ["<think>" * 150_000, "<think></think>" + r"\boxed{" * 150_000, "<" * 1_000_000])
 def test_a_megabyte_of_tags_costs_under_half_a_second(text: str) -> None:
     start = time.perf_counter()
     assert not has_layout(text)

@@ -34,11 +34,7 @@ def _rows(scores: Scores) -> list[float | str]:
 
 def _children() -> set[int]:
     """Pids of this process's children, zombies too."""
-    return {
-        int(pid)
-        for task in Path("/proc/self/task").iterdir()
-        for pid in (task / "children").read_text().split()
-    }
+    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +69,7 @@ def test_a_call_looks_as_trl_makes_it() -> None:
         columns["log_metric"]("pairs", 2.0)
         columns["log_extra"](
             "seen",
-            [
-                f"{p}{c[0]['content']}{i}"
-                for p, c, i in zip(prompts, completions, completion_ids, strict=True)
-            ],
+            [f"{p}{c[0]['content']}{i}" for p, c, i in zip(prompts, completions, completion_ids, strict=True)],
         )
         assert columns["trainer_state"].global_step == 7
         assert set(columns) == {"answer", "trainer_state", "log_metric", "log_extra"}
@@ -100,9 +93,7 @@ def test_a_closure_a_lambda_an_async_function_and_a_partial_run() -> None:
     async def later(completions: Any, **_: Any) -> list[float]:
         return [0.25 for _ in completions]
 
-    with Scorer(
-        {closure: 1.0, (lambda completions, **_: [True for _ in completions]): 1.0, later: 1.0}
-    ) as scorer:
+    with Scorer({closure: 1.0, (lambda completions, **_: [True for _ in completions]): 1.0, later: 1.0}) as scorer:
         scores = scorer.score(["p"] * 2, ["a", "b"], [[1]] * 2)
     assert scores.parts == {"closure": [0.5, 0.5], "<lambda>": [1.0, 1.0], "later": [0.25, 0.25]}
 
@@ -110,9 +101,7 @@ def test_a_closure_a_lambda_an_async_function_and_a_partial_run() -> None:
 def test_a_dotted_name_runs_from_a_module_only_the_parents_path_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_rewards.py").write_text(
-        "def length(completions, **_):\n    return map(len, completions)\n"
-    )
+    (tmp_path / "my_rewards.py").write_text("def length(completions, **_):\n    return map(len, completions)\n")
     monkeypatch.syspath_prepend(tmp_path)
     scores = _score("my_rewards.length", ["a", "bbb"])
     assert scores.parts == {"my_rewards.length": [1.0, 3.0]}
@@ -336,6 +325,4 @@ def test_columns_must_fit_the_batch() -> None:
             scorer.score(["p"] * 2, ["a", "b"], [[1]] * 2, {"answer": ["1"]})
         with pytest.raises(ValueError, match="'trainer_state' is the trainer's own argument"):
             scorer.score(["p"], ["a"], [[1]], {"trainer_state": [0]})
-        assert scorer.score([], [], [], {"answer": []}) == Scores(
-            parts={"accuracy": []}, total=[], unknown=[]
-        )
+        assert scorer.score([], [], [], {"answer": []}) == Scores(parts={"accuracy": []}, total=[], unknown=[])

@@ -18,9 +18,7 @@ def test_trl_rewards_give_the_same_in_our_scorer_as_called_directly() -> None:
     talk = [[{"role": "assistant", "content": text}] for text in texts]
     ids = [[0] * 10, [0] * 95, [0] * 200]
     punish = trl_rewards.get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
-    with Scorer(
-        {trl_rewards.think_format_reward: 1.0, punish: 0.5, "trl.rewards.think_format_reward": 0.0}
-    ) as scorer:
+    with Scorer({trl_rewards.think_format_reward: 1.0, punish: 0.5, "trl.rewards.think_format_reward": 0.0}) as scorer:
         scores = scorer.score(["p"] * 3, talk, ids)
     assert scores.unknown == []
     assert scores.parts["think_format_reward"] == trl_rewards.think_format_reward(talk) == [1.0, 0.0, 0.0]
@@ -67,9 +65,7 @@ def test_our_rewards_run_in_trls_trainer_and_its_calls_score_the_same_here(
 
     def recorder(**arguments: Any) -> list[float]:
         kept = {
-            k: copy.deepcopy(v)
-            for k, v in arguments.items()
-            if k not in ("trainer_state", "log_extra", "log_metric")
+            k: copy.deepcopy(v) for k, v in arguments.items() if k not in ("trainer_state", "log_extra", "log_metric")
         }
         calls.append((kept, accuracy(**arguments)))
         return [0.0] * len(arguments["completions"])

@@ -98,9 +98,7 @@ def test_a_variable_the_user_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_printed_addresses_hide_credentials() -> None:
-    assert (
-        hide_credentials("--index-url https://me:secret@host/simple") == "--index-url https://***@host/simple"
-    )
+    assert hide_credentials("--index-url https://me:secret@host/simple") == "--index-url https://***@host/simple"
 
 
 @pytest.fixture
@@ -212,9 +210,7 @@ def test_a_cut_short_or_foreign_venv_is_not_reused(checkout: Path) -> None:
 
 def test_a_failed_step_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(setup.SetupError, match=r"`false https://\*\*\*@host` failed \(1\)\. Try this"):
-        setup.run(
-            ["false", "https://me:x@host"], root=tmp_path, environment=dict(os.environ), remedy="Try this"
-        )
+        setup.run(["false", "https://me:x@host"], root=tmp_path, environment=dict(os.environ), remedy="Try this")
 
 
 def test_old_python_is_told_the_version_it_needs(

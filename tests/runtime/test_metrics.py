@@ -18,16 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def open_log(folder: Path, report_to: tuple[str, ...] = ()) -> MetricsLog:
-    return MetricsLog(
-        folder / "metrics.jsonl", report_to, run_name="r", run_dir=folder, config={"optim": {"lr": 1e-3}}
-    )
+    return MetricsLog(folder / "metrics.jsonl", report_to, run_name="r", run_dir=folder, config={"optim": {"lr": 1e-3}})
 
 
 def test_one_line_per_step_readable_while_the_run_goes_on(tmp_path: Path) -> None:
     log = open_log(tmp_path)
-    log.log(
-        1, {"reward": torch.tensor(0.5), "kl": float("nan"), "n": np.int64(3), "parts": [float("inf"), 1]}
-    )
+    log.log(1, {"reward": torch.tensor(0.5), "kl": float("nan"), "n": np.int64(3), "parts": [float("inf"), 1]})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 1, "reward": 0.5, "kl": null, "n": 3, "parts": [null, 1]}\n'
     log.close()
@@ -93,9 +89,7 @@ def test_absent_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monk
         open_log(tmp_path, ("trackio",))
 
 
-def test_failing_tracker_warns_once_and_the_log_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_tracker_warns_once_and_the_log_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file where the tracker wants a folder")
     with caplog.at_level(logging.WARNING), open_log(tmp_path, ("tensorboard",)) as log:

@@ -70,9 +70,7 @@ def three_steps(console: Console) -> None:
 def test_a_pipe_gets_one_plain_line_per_step() -> None:
     lines = on_pipe(three_steps).splitlines()
     assert len(lines) == 5
-    assert lines[1].startswith(
-        "step 1/3  reward 0.100  accuracy 0.500  [red]\\x1b[31mformat 1.000  length 15.5"
-    )
+    assert lines[1].startswith("step 1/3  reward 0.100  accuracy 0.500  [red]\\x1b[31mformat 1.000  length 15.5")
     assert "gap 0.0011  entropy 0.430  tokens/s 2,690  0." in lines[1]
     assert re.search(r"s  eta \d:\d\d$", lines[2])
     assert not lines[3].endswith("eta 0:00")
@@ -180,9 +178,7 @@ def test_terminal_plot_draws_two_charts_in_eighty_plain_columns() -> None:
 
 
 def test_terminal_plot_leaves_out_what_is_missing() -> None:
-    drawn = terminal_plot(
-        {"accuracy": [None, 0.7, float("nan"), 0.9], "none": [None] * 4}, steps=[10, 20, 30, 40]
-    )
+    drawn = terminal_plot({"accuracy": [None, 0.7, float("nan"), 0.9], "none": [None] * 4}, steps=[10, 20, 30, 40])
     assert "none" not in drawn
     assert drawn.splitlines()[-1].split() == ["20", "40"]
     assert terminal_plot({"none": []}) == ""

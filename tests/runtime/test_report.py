@@ -266,8 +266,6 @@ def test_a_browser_runs_nothing_of_it(run: Path, html: str, tmp_path: Path) -> N
     assert "<title>&lt;script&gt;tiny: run report</title>" in dumped.stdout  # no script changed it
     assert not any(tag in ("script", "img") for tag, _ in dom.elements)
     assert dom.text.count("document.title='owned'") == Page(html).text.count("document.title='owned'")
-    assert (
-        "Refused to" not in dumped.stderr and "violates the following Content Security" not in dumped.stderr
-    )
+    assert "Refused to" not in dumped.stderr and "violates the following Content Security" not in dumped.stderr
     browse(f"--screenshot={picture}")
     assert picture.stat().st_size > 50_000  # a blank page is a tenth of it

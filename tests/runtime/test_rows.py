@@ -41,9 +41,7 @@ def test_prompt_and_answer_pass_as_they_are(file: Path) -> None:
 
 
 def test_gsm8k_keeps_the_number_and_the_solution(file: Path) -> None:
-    (row,) = load(
-        file, {"question": "How much?", "answer": "500*2=<<500*2=1000>>1000\nSo 1,000.\n#### 1,000"}
-    )
+    (row,) = load(file, {"question": "How much?", "answer": "500*2=<<500*2=1000>>1000\nSo 1,000.\n#### 1,000"})
     assert row == {
         "prompt": [{"role": "user", "content": "How much?"}],
         "answer": "1000",
@@ -109,9 +107,7 @@ def test_a_bad_row_is_set_aside_with_line_and_reason(file: Path, bad: Any, reaso
 def test_too_many_bad_rows_are_refused_with_the_first_reasons(file: Path) -> None:
     bad = {"prompt": "", "answer": "1"}
     assert len(load(file, *[GOOD] * 9, bad)) == 9
-    with pytest.raises(
-        UserError, match=r"2 of 10 rows are bad.*max_bad_fraction=0.1[^$]*line 9: empty prompt"
-    ):
+    with pytest.raises(UserError, match=r"2 of 10 rows are bad.*max_bad_fraction=0.1[^$]*line 9: empty prompt"):
         load(file, *[GOOD] * 8, bad, bad)
 
 
@@ -198,9 +194,7 @@ def test_datasets_folders_load_with_their_split(tmp_path: Path, monkeypatch: pyt
     assert load_rows(str(tmp_path / "plain")) == [GOOD]
 
 
-@pytest.mark.parametrize(
-    "source", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "a b", "a:b:c:d", "stories:test"]
-)
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all", "a b", "a:b:c:d", "stories:test"])
 def test_a_source_that_is_not_there_names_itself_and_the_kinds(source: str) -> None:
     with pytest.raises(UserError, match="stories:heldout") as error:
         load_rows(source)

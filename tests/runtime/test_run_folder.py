@@ -52,9 +52,7 @@ def test_checkpoint_alone_counts_as_used(tmp_path: Path) -> None:
         open_run(tmp_path, config=CONFIG, resume=False)
 
 
-def test_resume_in_an_empty_folder_starts_fresh_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_resume_in_an_empty_folder_starts_fresh_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), open_run(tmp_path / "new", config=CONFIG, resume=True) as run:
         assert not run.resumed
     assert "nothing to resume from" in caplog.text

@@ -54,9 +54,7 @@ def test_wilson_refuses_what_is_not_a_mean_of_scores(mean: float, n: int) -> Non
         wilson(mean, n)
 
 
-@pytest.mark.parametrize(
-    ("n", "c", "k", "value"), [(4, 2, 2, 5 / 6), (10, 3, 1, 0.3), (5, 0, 5, 0.0), (5, 1, 5, 1.0)]
-)
+@pytest.mark.parametrize(("n", "c", "k", "value"), [(4, 2, 2, 5 / 6), (10, 3, 1, 0.3), (5, 0, 5, 0.0), (5, 1, 5, 1.0)])
 def test_pass_at_k_by_hand(n: int, c: int, k: int, value: float) -> None:
     assert pass_at_k(n, c, k) == pytest.approx(value)
 

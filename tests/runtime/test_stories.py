@@ -66,9 +66,7 @@ def test_all_names_things_and_changes_occur_about_equally() -> None:
 
 def test_splits_are_disjoint_across_seeds_and_distinct_within() -> None:
     train = {r["prompt"][0]["content"] for seed in (0, 1) for r in stories(1500, split="train", seed=seed)}
-    held_out = {
-        r["prompt"][0]["content"] for seed in (0, 1, 2) for r in stories(200, split="heldout", seed=seed)
-    }
+    held_out = {r["prompt"][0]["content"] for seed in (0, 1, 2) for r in stories(200, split="heldout", seed=seed)}
     assert not train & held_out
     assert len(train) == 3000 and len(held_out) == 600
 

@@ -148,9 +148,7 @@ def test_a_canary_of_the_wrong_length_is_refused():
         make_canary(VOCAB, dtype="int8")
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
 def test_any_changed_element_changes_the_fingerprint(dtype):
     tensor = torch.randint(0, 2, (7, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
     prints = {fingerprint(tensor)}
@@ -197,9 +195,7 @@ def test_transposition_permutation_shape_and_dtype_change_the_fingerprint():
 
 
 def test_the_fingerprint_does_not_depend_on_memory_layout():
-    base = torch.randn(
-        2 * CHUNK + 10, generator=torch.Generator().manual_seed(0)
-    )  # more than one chunk of words
+    base = torch.randn(2 * CHUNK + 10, generator=torch.Generator().manual_seed(0))  # more than one chunk of words
     assert fingerprint(base[1:]) == fingerprint(base[1:].clone())
     assert fingerprint(base[: 2 * CHUNK : 3]) == fingerprint(base[: 2 * CHUNK : 3].clone())
     swapped = base.clone()
@@ -208,8 +204,6 @@ def test_the_fingerprint_does_not_depend_on_memory_layout():
 
 
 def test_sampling_imports_without_vllm():
-    modules = [
-        f"sampling.{name}" for name in ("attest", "fingerprint", "vllm_sampler", "vllm_reload", "vllm_setup")
-    ]
+    modules = [f"sampling.{name}" for name in ("attest", "fingerprint", "vllm_sampler", "vllm_reload", "vllm_setup")]
     code = f"import sys, {', '.join(modules)}; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
