@@ -40,7 +40,7 @@ class Router(nn.Module):
         self.normalise = config.norm_topk_prob
         self.scale = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         # b accumulates steps of 0.001 and is released in fp32: a cast of the model must not round it.

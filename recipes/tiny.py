@@ -1,7 +1,7 @@
 """The built-in tiny DeepSeek-V3: its tokenizer and the short SFT that teaches it two habits, made once and cached.
 
-The demonstrations are a mix, as real SFT data is: half work the story out, half jump to the answer. Worked answers
-are nearly always right and jumped ones nearly never, and the model leaves SFT doing both; which habit pays is what
+The demonstrations are a mix, as real SFT data is: two in five work the story out, three jump to the answer. Worked
+answers are nearly always right and jumped ones seldom, and the model leaves SFT doing both; which habit pays is what
 GRPO then finds out.
 """
 
@@ -23,11 +23,12 @@ from sft.chat import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, encode_examp
 from sft.train import Example, SFTConfig, fine_tune
 
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT)
-# Tokens of their own, as in R1's tokenizer, but ordinary text to a decoder. It matters here: the choice between working
-# and jumping then falls on the token after <think>, where the model reads the story, so RL's gradient reaches all of it.
+# Tokens of their own, as in R1's tokenizer, but ordinary text to a decoder. It matters here: the choice between
+# working and jumping then falls on the token after <think>, where the model reads the story, so RL's gradient reaches
+# every layer. With "<", "think", ">" the choice was a constant of the output head alone and hardly moved.
 TAGS = ("<think>", "</think>")
 DEMONSTRATIONS = 12_000
-DIRECT_SHARE = 0.5
+DIRECT_SHARE = 0.6
 SFT = SFTConfig()
 
 
@@ -80,7 +81,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Any:
 def demonstrations(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[Example]:
     """Training stories, each shown with one of its two completions."""
     for i, row in enumerate(stories(DEMONSTRATIONS, split="train", seed=seed)):
-        direct = i % 100 < 100 * DIRECT_SHARE
+        direct = i % 10 < 10 * DIRECT_SHARE
         yield encode_example(tokenizer, row["prompt"], row["direct" if direct else "worked"])
 
 

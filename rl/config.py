@@ -27,15 +27,13 @@ class SamplingConfig:
     max_prompt_tokens: int = 1024
     """Rows with a longer prompt are set aside before the run, and counted."""
     top_p: float = 1.0
-    """Must be 1: the trainer's log-probs are over the whole vocabulary, so a cut distribution would bias every ratio."""
+    """Must be 1: the trainer's log-probs are over the whole vocabulary; a cut distribution would bias every ratio."""
     top_k: int = 0
     """Must be 0 (off), for the same reason."""
     repetition_penalty: float = 1.0
     """Must be 1: the trainer doesn't know the penalised distribution."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """vLLM's weights and activations. The native sampler always uses the trainer's precision."""
-    canary_tolerance: float = 0.05
-    """After a sync, the mean |Δ log-prob| between sampler and trainer on fixed sequences may be this much (nats)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """vLLM's weights and activations. "auto": bfloat16, but float32 on a CPU without AMX, as fast there and exact."""
     gap_limit: float = 0.1
     """The run stops when a rollout's mean |log π_trainer − log π_sampler| exceeds this (nats per token)."""
 
@@ -104,7 +102,7 @@ class OptimConfig:
     epochs: int = 1
     """Passes over a rollout."""
     microbatch_tokens: int = 16384
-    """Tokens per packed forward and backward; gradients accumulate over them. Bounds memory, never changes the result."""
+    """Tokens per packed forward and backward; gradients accumulate. Bounds memory, never changes the result."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr={self.lr}: the learning rate must be positive")

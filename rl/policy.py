@@ -4,7 +4,9 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,6 +27,10 @@ ATTENTION_PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
 )
+
+
+CANARY_TOKENS = 128
+"""Length of the sequences that attest a sync: several blocks of a prefix cache."""
 
 
 class Policy:
@@ -74,8 +80,7 @@ class Policy:
         packed = pack(sequences, self.world.device)
         with self.world.autocast():
             logprobs = packed_logprobs(self.model, packed)[0].tolist()
-        bounds = packed.cu_seqlens
-        return [logprobs[a + 1 : b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [logprobs[start + 1 : end] for start, end in pairwise(packed.cu_seqlens)]
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint that transformers and vLLM load as it is; adapters are merged in."""
@@ -127,9 +132,16 @@ def make_sampler(policy: Policy, config: GRPOConfig) -> Sampler:
         )
     from sampling.vllm_sampler import VLLMSampler
 
-    return VLLMSampler(
-        config.model,
-        dtype=config.sampling.dtype,
-        max_model_len=config.sampling.max_prompt_tokens + config.sampling.max_tokens,
-        seed=config.seed,
-    )
+    sampling, model_config = config.sampling, policy.causal_lm.config
+    # The engine needs the architecture only; its weights come by sync.
+    with tempfile.TemporaryDirectory() as folder:
+        model_config.save_pretrained(folder)
+        return VLLMSampler(
+            folder,
+            dtype=sampling.dtype,
+            max_model_len=min(
+                max(sampling.max_prompt_tokens + sampling.max_tokens, CANARY_TOKENS + 1),
+                model_config.max_position_embeddings,
+            ),
+            seed=config.seed,
+        )

@@ -22,7 +22,7 @@ def save_training_state(folder: Path, policy: Policy, optimizer: Optimizer, *, s
     else:
         policy.model.save_pretrained(folder / "adapter")  # type: ignore[operator]
     if policy.reference is not None:
-        save_state(folder, "reference", {name: t for name, t in checkpoint_tensors(policy.reference)})
+        save_state(folder, "reference", dict(checkpoint_tensors(policy.reference)))
     save_state(folder, "optimizer", optimizer.adamw.state_dict())
     save_state(
         folder,

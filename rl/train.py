@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rl.config import GRPOConfig
 from rl.evaluate import Evaluation, evaluate
-from rl.policy import Policy, make_sampler
+from rl.policy import CANARY_TOKENS, Policy, make_sampler
 from rl.prompts import PromptSource, make_source
 from rl.record import evaluation_metrics, rollout_metrics, write_rollout
 from rl.resume import load_training_state, save_training_state
@@ -100,10 +98,12 @@ class Run:
         self._restore()
         self.sampler: Sampler = make_sampler(self.policy, config)
         self.synced: SyncReport | None = None
-        coarser = (
-            "float32" if type(self.sampler).__name__ == "NativeSampler" and config.precision == "fp32" else "bfloat16"
+        self.canary = make_canary(
+            self.policy.causal_lm.config.vocab_size,
+            text=[i for prompt in self.prompts.first(16) for i in prompt.ids],
+            dtype="bfloat16" if config.precision == "bf16" else self.sampler.dtype,
+            length=CANARY_TOKENS,
         )
-        self.canary = make_canary(self.policy.causal_lm.config.vocab_size, dtype=coarser, length=64)
         self.params = SamplingParams(
             n=config.group_size,
             max_tokens=config.sampling.max_tokens,

@@ -1,4 +1,4 @@
-"""A scored rollout -> optimizer steps: minibatches × epochs, micro-batches that add up, one gradient over all processes."""
+"""A scored rollout -> optimizer steps: minibatches × epochs, micro-batches and processes that add up."""
 
 import math
 from collections.abc import Sequence

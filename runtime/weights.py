@@ -36,7 +36,7 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layout(model: nn.Module) -> dict[str, tuple]:
-    state = {name: t for name, t in _state(model).items()}
+    state = _state(model)
     starts: dict[int, str] = {}
     numbered: dict[str, Tensor] = {}
     total = 0

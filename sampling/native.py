@@ -7,6 +7,7 @@ which rows it is batched with. Needs no vLLM.
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -37,11 +38,10 @@ class Decoder(Protocol):
 class NativeSampler:
     """Samples from its own copy of `model`; `load` writes the trainer's weights into that copy."""
 
-    caches_prefixes = False
-
     def __init__(self, model: PreTrainedModel, *, max_rows: int = MAX_ROWS) -> None:
         """`model` gives the architecture and the first weights; it is copied, never shared. It keeps its dtype."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.max_rows = max_rows
         self.version = -1
         self._views = checkpoint_views(self.model)
@@ -208,4 +208,4 @@ def sample_tokens(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> t
 
 
 def _split(values: list[float], cu_seqlens: list[int]) -> list[list[float]]:
-    return [values[a:b] for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+    return [values[a:b] for a, b in pairwise(cu_seqlens)]

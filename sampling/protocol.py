@@ -63,6 +63,8 @@ class Sampler(Protocol):
 
     version: int
     """Version of the weights now held; -1 before the first load and after a failed one."""
+    dtype: str
+    """What it computes in: "float32", "bfloat16" or "float16"."""
 
     def load(self, weights: Weights, *, version: int) -> Fingerprints:
         """Take these weights and return fingerprints of what is now held, by checkpoint name.

@@ -61,9 +61,14 @@ def cpu_attention(config: dict[str, Any], *, dtype: str, while_open: ExitStack) 
         logger.warning("%s: no MLA in vLLM on a CPU, plain attention instead (VLLM_MLA_DISABLE=1)", what)
         while_open.enter_context(environment("VLLM_MLA_DISABLE", "1"))
         return {"block_size": BLOCK}
-    if dtype == "float32" or not torch.cpu._is_amx_tile_supported():
+    if dtype == "float32" or not has_amx():
         return {"attention_config": {"backend": "CPU_MLA"}}  # any dtype; blocks of 16 and no prefix cache
     return {"block_size": BLOCK}  # AMX_MLA, vLLM's own choice: bfloat16, with a prefix cache
+
+
+def has_amx() -> bool:
+    """Whether this CPU has Intel's matrix tiles, with which vLLM's bfloat16 is the fast path."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @contextmanager
