@@ -32,6 +32,8 @@ class Router(nn.Module):
     `topk_group` of `n_group` groups; the others are out by −inf, so a negative bias can't let them back in.
     """
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok

@@ -4,7 +4,6 @@ The tiny run first makes the model (a short SFT on two habits, cached), then let
 and ends with held-out accuracy before and after, the curves, and sample completions.
 """
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -22,10 +21,7 @@ from runtime.progress import terminal_plot, track_steps, visible
 
 def run(config: GRPOConfig) -> int:
     """Train and show what came of it; returns the exit code."""
-    console = Console(stderr=True)
-    if config.model == "tiny":
-        config = dataclasses.replace(config, model=str(tiny_model(console)))
-    result = train(config)
+    result = train(config, named_models={"tiny": lambda: tiny_model(Console(stderr=True))})
     show(result, Console())
     return result.exit_code
 

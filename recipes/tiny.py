@@ -5,6 +5,7 @@ answers are nearly always right and jumped ones seldom, and the model leaves SFT
 GRPO then finds out.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -130,7 +131,7 @@ def _corpus() -> Iterable[str]:
 
 
 def _recipe_hash(seed: int) -> str:
-    """Hash of the source files and settings that decide the warmed-up weights."""
+    """Hash of the code and settings that decide the warmed-up weights; comments and docstrings don't count."""
     root = Path(__file__).parent.parent
     sources = [
         *sorted((root / "deepseek_v3").glob("*.py")),
@@ -143,5 +144,15 @@ def _recipe_hash(seed: int) -> str:
     ]
     digest = hashlib.sha256(json.dumps([seed, torch.__version__]).encode())
     for source in sources:
-        digest.update(source.read_bytes())
+        digest.update(_without_words(source.read_text()).encode())
     return digest.hexdigest()[:12]
+
+
+def _without_words(source: str) -> str:
+    """Python source as its syntax tree, without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]  # type: ignore[attr-defined]
+    return ast.dump(tree)

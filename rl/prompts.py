@@ -3,6 +3,7 @@
 A row whose prompt is too long for the sampler is set aside before the run starts, and counted.
 """
 
+import functools
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -76,8 +77,16 @@ def mix_seed(seed: int, draw: int) -> int:
 
 
 def _fits(prompt: Content, tokenizer: PreTrainedTokenizerBase, limit: int) -> bool:
-    # No token is shorter than a byte, and a template adds a few per message: most rows need no tokenising here.
-    text = prompt if isinstance(prompt, str) else "".join(m["content"] for m in prompt)
-    if len(text.encode()) + 64 <= limit:
-        return True
-    return len(encode_prompt(tokenizer, prompt)) <= limit
+    # No token is shorter than a byte, so most rows need no tokenising: only what surrounds the text is counted.
+    if isinstance(prompt, str):
+        size, roles = len(prompt.encode()), None
+    else:
+        size, roles = sum(len(m["content"].encode()) for m in prompt), tuple(m["role"] for m in prompt)
+    return size + _surroundings(tokenizer, roles) <= limit or len(encode_prompt(tokenizer, prompt)) <= limit
+
+
+@functools.lru_cache(maxsize=64)
+def _surroundings(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...] | None) -> int:
+    """Tokens that come with a text, or with messages of these roles, before any word is said."""
+    empty: Content = "" if roles is None else [{"role": role, "content": ""} for role in roles]
+    return len(encode_prompt(tokenizer, empty))

@@ -68,13 +68,28 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
+# Declared, not inferred: a step without a single known reward must have the same types as the others.
+_SCHEMA = {
+    **dict.fromkeys(("step", "prompt_index", "epoch", "group", "sample", "seed"), pa.int64()),
+    **dict.fromkeys(("prompt_text", "completion_text"), pa.string()),
+    **dict.fromkeys(("prompt_ids", "completion_ids"), pa.list_(pa.int64())),
+    "logprobs": pa.list_(pa.float64()),
+    "finish_reason": pa.string(),
+    "version": pa.int64(),
+    "answer": pa.string(),
+    **dict.fromkeys(("reward", "advantage"), pa.float64()),
+}
+
+
 def write_rollout(folder: Path, groups: Sequence[Group], *, step: int, world: World) -> None:
     """Write `step-000012.parquet`: one row per completion of every process, in order, in place or not at all."""
     rows = world.gather([row for g, group in enumerate(groups) for row in _rows(group, g, step=step)])
     if world.is_main:
         path = folder / f"step-{step:06d}.parquet"
         aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(rows), aside, compression="zstd")
+        parts = {name: pa.float64() for name in rows[0] if name not in _SCHEMA}
+        table = pa.Table.from_pylist(rows, schema=pa.schema(_SCHEMA | parts))
+        pq.write_table(table, aside, compression="zstd")
         aside.rename(path)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from rl.policy import Policy
 from rl.update import Optimizer
-from runtime.models import load_causal_lm
 from runtime.state import load_state, rng_state, save_state, set_rng_state
 from runtime.weights import checkpoint_tensors, checkpoint_views
 
@@ -33,12 +32,11 @@ def save_training_state(folder: Path, policy: Policy, optimizer: Optimizer, *, s
 
 @torch.no_grad()
 def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer) -> int:
-    """Put everything back in place; returns the number of steps done."""
-    if policy.config.lora is None:
-        saved = checkpoint_views(load_causal_lm(folder))
-        for name, tensor in checkpoint_views(policy.model).items():
-            tensor.copy_(saved[name])
-    else:
+    """Put everything back in place; returns the number of steps done.
+
+    The policy must have been loaded from this folder, or with LoRA from the run's base model.
+    """
+    if policy.config.lora is not None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(policy.model, load_peft_weights(str(folder / "adapter")))

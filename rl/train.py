@@ -15,7 +15,7 @@ from typing import Any
 
 from rl.config import GRPOConfig
 from rl.evaluate import Evaluation, evaluate
-from rl.policy import CANARY_TOKENS, Policy, make_sampler
+from rl.policy import Policy
 from rl.prompts import PromptSource, make_source
 from rl.record import evaluation_metrics, rollout_metrics, write_rollout
 from rl.resume import load_training_state, save_training_state
@@ -26,12 +26,14 @@ from runtime.checkpoint import latest_checkpoint, prune_checkpoints, save_checkp
 from runtime.distributed import World
 from runtime.interrupt import Interrupt
 from runtime.metrics import MetricsLog
+from runtime.models import load_causal_lm
 from runtime.progress import StepTracker, track_steps
 from runtime.report import write_report
 from runtime.rows import load_rows
 from runtime.run_folder import RunFolder, open_run
 from runtime.weights import checkpoint_tensors
 from sampling.attest import SyncReport, make_canary, sync
+from sampling.backend import CANARY_TOKENS, make_sampler
 from sampling.protocol import Sampler, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -58,19 +60,29 @@ class Result:
     """0, or 128 + signal when the run was told to leave and did so after saving."""
 
 
-def train(config: GRPOConfig, *, rewards: RewardFunctions | None = None) -> Result:
+def train(
+    config: GRPOConfig,
+    *,
+    rewards: RewardFunctions | None = None,
+    named_models: Mapping[str, Callable[[], Path]] | None = None,
+) -> Result:
     """Run GRPO to the end, or to the checkpoint a signal asks for.
 
     rewards: callables (or names) with their weights, instead of `config.rewards`; for notebooks.
+    named_models: makers of checkpoints that `config.model` may name, say {"tiny": recipes.tiny.tiny_checkpoint}. Called
+        once the run folder is ours, and not at all when a checkpoint in it is resumed.
     Raises UserError for settings, data or folders that can't be used.
     """
     world = World(precision=config.precision)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         folder = stack.enter_context(_open_run(config, world))
-        scorer = stack.enter_context(Scorer(rewards or config.rewards, time_limit=config.reward_time_limit))
+        paid: Mapping[Any, float] = config.rewards if rewards is None else rewards
+        scorer = stack.enter_context(Scorer(paid, time_limit=config.reward_time_limit))
         examiner = stack.enter_context(Scorer({"accuracy": 1.0, "format": 0.0}))
-        run = Run(config, world, folder, scorer, examiner, interrupt)
+        checkpoint = latest_checkpoint(folder.checkpoints_dir) if folder.resumed else None
+        model = _model_path(config, world, checkpoint, named_models or {})
+        run = Run(config, world, folder, scorer, examiner, interrupt, model=model, checkpoint=checkpoint)
         stack.callback(run.close)
         return run.train()
 
@@ -86,17 +98,31 @@ class Run:
         scorer: Scorer,
         examiner: Scorer,
         interrupt: Interrupt,
+        *,
+        model: Path | str,
+        checkpoint: Path | None,
     ) -> None:
+        """model: what to load. checkpoint: what to resume from, if anything."""
         self.config, self.world, self.folder, self.interrupt = config, world, folder, interrupt
         self.scorer, self.examiner = scorer, examiner
-        self.policy = Policy(config, world)
+        self.policy = Policy(config, world, model)
         self.prompts = self._source(config.data, seed=config.seed)
         self.held_out = self._held_out()
         self.optimizer = Optimizer(self.policy.model, config)
         self.done = 0
         """Steps done; also the version of the weights."""
-        self._restore()
-        self.sampler: Sampler = make_sampler(self.policy, config)
+        if checkpoint is not None:
+            self.done = load_training_state(checkpoint, self.policy, self.optimizer)
+            log.info("resuming from %s", checkpoint)
+        self.sampler: Sampler = make_sampler(
+            # Samplers know no adapters: they are sent merged weights.
+            self.policy.causal_lm if config.lora is None else load_causal_lm(model),
+            backend=config.sampling.backend,
+            dtype=config.sampling.dtype,
+            max_model_len=config.sampling.max_prompt_tokens + config.sampling.max_tokens,
+            seed=config.seed,
+            processes=world.size,
+        )
         self.synced: SyncReport | None = None
         self.canary = make_canary(
             self.policy.causal_lm.config.vocab_size,
@@ -247,16 +273,6 @@ class Run:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _restore(self) -> None:
-        if not self.folder.resumed:
-            return
-        checkpoint = latest_checkpoint(self.folder.checkpoints_dir)
-        if checkpoint is None:
-            log.info("%s: no checkpoint yet; starting at the beginning", self.folder.path)
-            return
-        self.done = load_training_state(checkpoint, self.policy, self.optimizer)
-        log.info("resuming from %s", checkpoint)
-
     def _metrics_log(self) -> MetricsLog:
         metrics = MetricsLog(
             self.folder.metrics_path,
@@ -319,6 +335,19 @@ def _open_run(config: GRPOConfig, world: World) -> RunFolder | contextlib.Abstra
         resumed = None
     resumed = world.gather([resumed])[0]
     return folder if world.is_main else contextlib.nullcontext(RunFolder(run_dir, None, resumed=resumed))
+
+
+def _model_path(
+    config: GRPOConfig, world: World, checkpoint: Path | None, named_models: Mapping[str, Callable[[], Path]]
+) -> Path | str:
+    """Where the policy's weights are: in the checkpoint being resumed (under LoRA it has adapters only), a named
+    model, made by the main process alone, or the path itself."""
+    if checkpoint is not None and config.lora is None:
+        return checkpoint
+    if config.model not in named_models:
+        return config.model
+    made = [str(named_models[config.model]())] if world.is_main else []
+    return world.gather(made)[0]
 
 
 def _console(is_main: bool) -> Any:

@@ -17,7 +17,8 @@ class World:
 
     def __init__(self, *, precision: str = "fp32") -> None:
         """precision "bf16": `autocast()` computes in bfloat16; weights stay as they are."""
-        self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+        self.accelerator = Accelerator()
+        self.precision = precision
         self.rank = self.accelerator.process_index
         self.size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -25,7 +26,8 @@ class World:
 
     def autocast(self) -> Any:
         """Context manager for forward passes."""
-        return self.accelerator.autocast()
+        # Not accelerate's own: its precision is fixed by the first run of a process, and a notebook has several.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over processes."""

@@ -74,9 +74,15 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 _NO_MASK = torch.zeros(1, 1, 1, 1)
 
 
+def plain_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, under the adapters if there are any."""
+    found: Any = model
+    return found.get_base_model() if hasattr(model, "peft_config") else found
+
+
 def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
     """Final hidden states (T, D) of packed samples, for our V3 or any transformers causal LM loaded as "packed"."""
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    causal_lm: Any = plain_model(model)
     inputs: dict[str, Any] = dict(
         input_ids=packed.ids_T[None],
         position_ids=packed.positions_T[None],
@@ -105,7 +111,7 @@ def packed_logprobs(
     wanted = torch.ones_like(packed.ids_T, dtype=torch.bool) if only_T is None else only_T.clone()
     wanted[packed.cu_seqlens[:-1]] = False
     at = wanted.nonzero()[:, 0]
-    head = model.get_output_embeddings()
+    head: Any = plain_model(model).get_output_embeddings()
     logprobs, entropy = token_logprobs(
         head, hidden_TD[at - 1], packed.ids_T[at], temperature=temperature, vocab_size=head.weight.shape[0]
     )
@@ -113,5 +119,23 @@ def packed_logprobs(
     return zeros.index_copy(0, at, logprobs), zeros.index_copy(0, at, entropy)
 
 
-def _is_ours(model: PreTrainedModel) -> bool:
+@torch.no_grad()
+def score_sequences(
+    model: nn.Module, sequences: Sequence[Sequence[int]], *, max_tokens: int = 16_384
+) -> list[list[float]]:
+    """log π(token_t | tokens before t) at temperature 1, t = 1 .. len-1 of each sequence; a few packs at a time."""
+    device = next(model.parameters()).device
+    scores: list[list[float]] = []
+    batch: list[Sequence[int]] = []
+    for i, sequence in enumerate(sequences):
+        batch.append(sequence)
+        if i + 1 == len(sequences) or sum(map(len, batch)) >= max_tokens:
+            packed = pack(batch, device)
+            logprobs = packed_logprobs(model, packed)[0].tolist()
+            scores += [logprobs[start + 1 : end] for start, end in pairwise(packed.cu_seqlens)]
+            batch = []
+    return scores
+
+
+def _is_ours(model: nn.Module) -> bool:
     return type(model).__module__.split(".")[0] == "deepseek_v3"

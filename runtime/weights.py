@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from runtime.packed import plain_model
+
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, tensor) of every weight. Without adapters these are views of the model's own storage."""
     if hasattr(model, "peft_config"):
-        causal_lm = model.get_base_model()
+        causal_lm = plain_model(model)
         yield from sorted(_as_checkpoint(causal_lm, _merged_state(causal_lm)).items())
     else:
         yield from checkpoint_views(model).items()
@@ -27,12 +29,11 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
     Which elements a name stands for is asked of transformers itself: its save-time conversion is run once over
     tensors that hold their own element numbers, and what comes out says where each element lives.
     """
-    cached: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] | None
-    cached = getattr(model, "_checkpoint_layout", None)
-    if cached is None:
-        cached = model._checkpoint_layout = _layout(model)
+    layout: dict[str, tuple] | None = model.__dict__.get("_checkpoint_layout")
+    if layout is None:
+        layout = model.__dict__["_checkpoint_layout"] = _layout(model)
     state = _state(model)
-    return {name: state[of].as_strided(*where) for name, (of, *where) in cached.items()}
+    return {name: state[of].as_strided(*where) for name, (of, *where) in layout.items()}
 
 
 def _layout(model: nn.Module) -> dict[str, tuple]:

@@ -50,6 +50,7 @@ class NativeSampler:
     def load(self, weights: Weights, *, version: int) -> Fingerprints:
         """Copy checkpoint-named tensors in; return fingerprints of what is then held, read back from the model."""
         self.version = -1
+        awaited = set(self._views)
         for name, tensor in weights:
             if name not in self._views:
                 raise WeightsMismatch(f"{name}: the sampler's model has no such tensor")
@@ -57,6 +58,9 @@ class NativeSampler:
                 held = tuple(self._views[name].shape)
                 raise WeightsMismatch(f"{name}: shape {tuple(tensor.shape)} sent, {held} held")
             self._views[name].copy_(tensor)
+            awaited.discard(name)
+        if awaited:
+            raise WeightsMismatch(f"{len(awaited)} of {len(self._views)} tensors never sent: {sorted(awaited)[:8]}")
         self.version = version
         return {name: fingerprint(view) for name, view in self._views.items()}
 
@@ -68,12 +72,28 @@ class NativeSampler:
             raise WeightsMismatch(
                 "the sampler holds no attested weights: load() failed or never ran; sync before sampling"
             )
+        self._check(prompts, params, seeds)
         groups: list[list[Completion]] = []
         per_wave = max(self.max_rows // params.n, 1)
         for start in range(0, len(prompts), per_wave):
             wave = slice(start, start + per_wave)
             groups += self._wave(prompts[wave], params, seeds[wave])
         return groups
+
+    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]) -> None:
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
+        config = self.model.config
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty")
+            if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+                raise ValueError(f"prompt {i}: token ids outside 0..{config.vocab_size - 1}")
+            if len(prompt) + params.max_tokens > config.max_position_embeddings:
+                raise ValueError(
+                    f"prompt {i}: {len(prompt)} tokens + {params.max_tokens} new exceed the model's "
+                    f"max_position_embeddings={config.max_position_embeddings}: shorten it or lower max_tokens"
+                )
 
     def _wave(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
@@ -134,6 +154,7 @@ class NativeSampler:
         return scores
 
     def close(self) -> None:
+        self.version = -1
         del self.model, self._views
 
 
@@ -196,15 +217,16 @@ def sample_tokens(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> t
     temperature 0 takes the likeliest token and reports its log-prob at temperature 1.
     """
     logits_BV = logits_BV.float() / (temperature if temperature > 0 else 1.0)
-    logprobs_BV = logits_BV.log_softmax(-1)
+    largest_B1 = logits_BV.amax(-1, keepdim=True)
+    # fp64 sums: in fp32 the tail of a large vocabulary would round away.
+    cdf_BV = (logits_BV - largest_B1).exp_().cumsum(-1, dtype=torch.float64)
     if temperature == 0:
-        ids_B = logprobs_BV.argmax(-1)
+        ids_B1 = logits_BV.argmax(-1, keepdim=True)
     else:
-        # fp64 sums: in fp32 the tail of a large vocabulary would round away.
-        cdf_BV = logprobs_BV.double().exp().cumsum(-1)
-        ids_B = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
-        ids_B.clamp_(max=logits_BV.shape[-1] - 1)
-    return ids_B, logprobs_BV.gather(-1, ids_B[:, None])[:, 0]
+        ids_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
+        ids_B1.clamp_(max=logits_BV.shape[-1] - 1)
+    logprobs_B1 = logits_BV.gather(-1, ids_B1) - largest_B1 - cdf_BV[:, -1:].log()
+    return ids_B1[:, 0], logprobs_B1[:, 0].float()
 
 
 def _split(values: list[float], cu_seqlens: list[int]) -> list[list[float]]:

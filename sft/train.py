@@ -49,7 +49,8 @@ def cosine_lr(step: int, config: SFTConfig) -> float:
 
 def make_optimizers(model: nn.Module, config: SFTConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between embedding and head; AdamW for experts, embedding, head, router and norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue

@@ -91,12 +91,12 @@ def test_zero_variance_counts_groups_that_teach_nothing():
 
 def test_trls_formula_on_the_same_rewards():
     """TRL 1.16, GRPOTrainer._generate_and_score_completions with scale_rewards="group", its own nanstd."""
-    from trl.trainer.utils import nanstd
-
+    nanstd = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed").nanstd
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(50, 8, generator=generator, dtype=torch.float64)
     rows[torch.rand(50, 8, generator=generator) < 0.2] = NAN
     rows[0] = torch.tensor([1.0] + [0.0] * 7)
     assert (~rows.isnan()).sum(1).min() >= 2
     theirs = (rows - rows.nanmean(1, keepdim=True)) / (nanstd(rows, dim=1)[:, None] + 1e-4)
-    torch.testing.assert_close(group_advantages(rows), theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
+    # Their N / (N − 1) is fp32.
+    torch.testing.assert_close(group_advantages(rows), theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
