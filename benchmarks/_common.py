@@ -182,7 +182,8 @@ def _cpu() -> str:
     fields = dict(line.split(":", 1) for line in info.replace("\t", "").splitlines() if ":" in line)
     has = set(fields.get("flags", "").split())
     matrix = [name for flag, name in (("avx512f", "AVX-512"), ("amx_tile", "AMX")) if flag in has]
-    return f"{fields.get('model name', 'CPU').strip()}, {os.cpu_count()} cores, {' and '.join(matrix) or 'no AVX-512 or AMX'}"
+    name, units = fields.get("model name", "CPU").strip(), " and ".join(matrix) or "no AVX-512 or AMX"
+    return f"{name}, {os.cpu_count()} cores, {units}"
 
 
 def _commit() -> str:

@@ -75,7 +75,7 @@ def ours(turns: Turns, folder: Path, data: Path, backend: Any, args: argparse.Na
         open_run(folder.parent / backend, config=dataclasses.asdict(config), resume=False) as run_folder,
         Scorer(config.rewards) as scorer,
     ):
-        run = Run(config, World(), run_folder, scorer, scorer, interrupt)
+        run = Run(config, World(), run_folder, scorer, scorer, interrupt, model=folder, checkpoint=None)
         run.params = dataclasses.replace(run.params, stop_token_ids=())
         run.sync()
         tracker = StepTracker(1, "benchmark", console=Console(file=io.StringIO()))
@@ -215,7 +215,8 @@ def parity(trainer: Any, folder: Path, samples: list[tuple[list[int], list[int],
     norm = sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
-    return {"loss differs by": abs(float(loss - theirs) / float(theirs)), "gradient differs by": off / norm}
+    differs = float((loss - theirs).detach() / theirs.detach())
+    return {"loss differs by": abs(differs), "gradient differs by": off / norm}
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 import runtime.packed  # noqa: F401  (registers the "packed" attention)
 from deepseek_v3 import DeepseekV3ForCausalLM
@@ -39,6 +40,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _from_path(load: Any, path: str | Path, **kwargs: Any) -> Any:
     if "/" in str(path) and str(path).startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"model={str(path)!r}: no such folder; pass a checkpoint folder or a hub name")
+    # Its bars for every load of a few megabytes would drown what a run has to say.
+    hf_logging.disable_progress_bar()
     try:
         return load(str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else str(path), **kwargs)
     except OSError as error:
