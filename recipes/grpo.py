@@ -6,14 +6,16 @@ and ends with held-out accuracy before and after, the curves, and sample complet
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from recipes.cli import main
 from rl.config import GRPOConfig
-from rl.evaluate import Evaluation
+from rl.evaluate import Estimate, Evaluation
 from rl.train import Result, train
 from runtime.metrics import read_metrics
 from runtime.progress import terminal_plot, track_steps, visible
@@ -55,20 +57,31 @@ def show(result: Result, console: Console) -> None:
     for title, evaluation in (("before", result.before), ("after", result.after)):
         if evaluation is not None:
             show_samples(title, evaluation, console)
-    if result.before and result.after:
-        console.print(Text(f"\nheld-out accuracy   {result.before.accuracy}  →  {result.after.accuracy}"))
-        console.print(
-            Text(
-                f"shows its work      {100 * result.before.thinking:.0f} %  →  {100 * result.after.thinking:.0f} %\n"
-                f"tokens per answer   {result.before.mean_length:.1f}  →  {result.after.mean_length:.1f}\n"
-                f"({result.after.problems} problems never trained on, sampled once each; 95 % intervals)"
-            )
-        )
-    elif result.after:
-        console.print(Text(f"\nheld-out accuracy   {result.after.accuracy} of {result.after.problems} problems"))
+    evaluations = [m for m in metrics if m.get("eval/problems")]
+    whole = [m for m in evaluations if m["eval/problems"] == max(e["eval/problems"] for e in evaluations)]
+    if result.after is not None:
+        show_change(whole[0], whole[-1], console)
     if result.exit_code:
         console.print(Text(f"left after step {result.steps}, saved; the same command with --resume goes on"))
     console.print(Text(f"run folder          {result.run_dir}  (open report.html)"))
+
+
+def show_change(before: Mapping[str, Any], after: Mapping[str, Any], console: Console) -> None:
+    """Held-out accuracy and habits, first and last; also of a run that was resumed in between."""
+
+    def accuracy(m: Mapping[str, Any]) -> str:
+        return str(Estimate(mean=m["eval/accuracy"], low=m["eval/accuracy_low"], high=m["eval/accuracy_high"]))
+
+    lines = {
+        "held-out accuracy": [accuracy(m) for m in (before, after)],
+        "right format": [f"{100 * m['eval/format']:.0f} %" for m in (before, after)],
+        "shows its work": [f"{100 * m['eval/thinking_fraction']:.0f} %" for m in (before, after)],
+        "tokens per answer": [f"{m['eval/mean_length']:.1f}" for m in (before, after)],
+    }
+    console.print()
+    for name, (first, last) in lines.items():
+        console.print(Text(f"{name:20}{first}  →  {last}"))
+    console.print(Text(f"({after['eval/problems']:.0f} problems never trained on, sampled once each; 95 % intervals)"))
 
 
 def show_samples(title: str, evaluation: Evaluation, console: Console, count: int = 2) -> None:

@@ -10,6 +10,7 @@ correct for (top-p, top-k, penalties). vLLM is imported when a sampler is made, 
 import gc
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -58,6 +59,8 @@ class VLLMSampler:
         self._cleanup = ExitStack()
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # The first modules vLLM imports log before it reads the line above.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         with self._cleanup, guest():
             # In this process, so that weights are handed over by reference.
             self._cleanup.enter_context(environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"))
