@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def ours(turns: Turns, folder: Path, data: Path, backend: Any, args: argparse.Na
     with (
         Interrupt() as interrupt,
         open_run(folder.parent / backend, config=dataclasses.asdict(config), resume=False) as run_folder,
-        Scorer(config.rewards) as scorer,
+        Scorer({"accuracy": 1.0}) as scorer,
     ):
         run = Run(config, World(), run_folder, scorer, scorer, interrupt, model=folder, checkpoint=None)
         run.params = dataclasses.replace(run.params, stop_token_ids=())
@@ -87,6 +88,7 @@ def ours(turns: Turns, folder: Path, data: Path, backend: Any, args: argparse.Na
 
 def trl(turns: Turns, folder: Path, data: Path, args: argparse.Namespace) -> None:
     """Steps of TRL's own loop; answers with the seconds of each."""
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # it uses none here
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer

@@ -9,6 +9,7 @@ Left out: loading weights (grpo_step.py times that) and rows that end early (whi
 import argparse
 import sys
 import tempfile
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def serve(turns: Turns, sampler: Sampler, folder: Path, about: str) -> None:
     turns.answer({"threads": torch.get_num_threads(), "dtype": sampler.dtype, "settings": about})
     for case in turns:
         params = SamplingParams(n=case.group, max_tokens=case.tokens)
-        seconds, groups = timed(lambda p=params, c=case: sampler.sample(c.prompts, p, seeds=range(len(c.prompts))))
+        seconds, groups = timed(partial(sampler.sample, case.prompts, params, seeds=range(len(case.prompts))))
         turns.answer(
             [(p, c.ids, c.logprobs) for p, group in zip(case.prompts, groups, strict=True) for c in group]
             if case.check
@@ -84,7 +85,7 @@ def generate(turns: Turns, folder: Path, sample_case: Case) -> None:
     model, settings = fastest_peer(folder, lambda model: _generate(model, tokenizer, sample_case))
     turns.answer({"threads": torch.get_num_threads(), "dtype": "float32", "settings": settings})
     for case in turns:
-        seconds, samples = timed(lambda c=case: _generate(model, tokenizer, c))
+        seconds, samples = timed(partial(_generate, model, tokenizer, case))
         turns.answer(samples if case.check else seconds)
 
 

@@ -28,12 +28,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_fp32 = x.float()
-        if x.device.type == "cpu":
-            # F.rms_norm has no kernel of its own there; this takes half its time, forward and backward.
-            mean_square = torch.linalg.vecdot(x_fp32, x_fp32)[..., None] / x.shape[-1]
-            return (x_fp32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
-        return F.rms_norm(x_fp32, self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
 def packed_attention(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens: Sequence[int], scale: float) -> Tensor:
@@ -56,7 +53,7 @@ def packed_attention(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens: Se
 
     sizes = [length * rows for length, rows in batches]
     parts = zip(*(x.split(sizes) for x in (q_THd, k_THd, v_THv)), strict=True)
-    out = [attend(*qkv, length) for qkv, (length, _) in zip(parts, batches, strict=True)]
+    out = [attend(q, k, v, length) for (q, k, v), (length, _) in zip(parts, batches, strict=True)]
     return (out[0] if len(out) == 1 else torch.cat(out))[..., :v_size]
 
 

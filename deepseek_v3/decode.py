@@ -31,7 +31,7 @@ class GroupDecoder:
         """Prefill every prompt once and open n rows for each; row b belongs to prompt b // n."""
         self.model = model
         device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-        mla: MLA = model.model.layers[0].self_attn
+        mla = model.model.blocks[0].self_attn
         self.absorbed = mla.rank + mla.rope <= mla.heads * (mla.rope + mla.nope + mla.value)
         self.H, self.K = mla.heads, 1 if self.absorbed else mla.heads
         # Where key and value lie in an entry. Absorbed, the latent is part of both.
@@ -64,7 +64,7 @@ class GroupDecoder:
         cos, sin = (table[positions_T] for table in self.cos_sin)
         x_TD = model.embed_tokens(torch.tensor([i for p in prompts for i in p], device=device))
         entries = []
-        for block in model.layers:
+        for block in model.blocks:
             attended, latent = block.self_attn(block.input_layernorm(x_TD), cos, sin, cu_seqlens)
             x_TD = block.feed_forward(x_TD + attended)
             entries.append(self._entry(block.self_attn, *latent))
@@ -76,7 +76,7 @@ class GroupDecoder:
         model = self.model.model
         cos, sin = (table[self.positions_B] for table in self.cos_sin)
         x_BD = model.embed_tokens(ids_B)
-        for i, block in enumerate(model.layers):
+        for i, block in enumerate(model.blocks):
             x_BD = x_BD + self._attend(i, block.self_attn, block.input_layernorm(x_BD), cos, sin)
             x_BD = block.feed_forward(x_BD)
         self.logits_BV = self.model.lm_head(model.norm(x_BD))

@@ -7,7 +7,7 @@ Left out: multi-token prediction (released checkpoints' extra layer is ignored o
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,11 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, as what they are: a ModuleList only knows modules."""
+        return cast(list[Block], list(self.layers))
+
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies = inverse_frequencies(self.config).to(positions.device)
         return cos_sin(positions, frequencies, cos_sin_scale(self.config), dtype=dtype)
@@ -177,7 +182,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             return x.view(B, L, D)
 
         states = []
-        for block in self.layers:
+        for block in self.blocks:
             if keep_states:
                 states.append(in_rows(x_TD))
             x_TD = block(x_TD, cos, sin, cu_seqlens)
@@ -199,7 +204,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             itself = torch.arange(past + L, device=x_BLD.device)[None, :] == at[:, None]
             mask_BLS = (mask_BLS & attention_mask.bool()[:, None, :]) | itself[None]
         cos, sin = self.rope(position_ids.expand(B, L), x_BLD.dtype)
-        for block in self.layers:
+        for block in self.blocks:
             x_BLD = block.cached(x_BLD, cos, sin, cache, mask_BLS)
         return self.norm(x_BLD)
 

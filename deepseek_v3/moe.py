@@ -85,18 +85,17 @@ class Experts(nn.Module):
         expert_S = chosen_TK.flatten()  # S = T·K (token, expert) pairs
         order_S = expert_S.argsort(stable=True)
         counts_E = torch.bincount(expert_S, minlength=len(self.gate_up_proj)).tolist()
-        x_SD = x_TD[order_S // K]
-        outputs = []
-        # unbind once: indexing a fused parameter per expert would add a full-size gradient for each.
-        for x, w_in, w_out in zip(
-            x_SD.split(counts_E), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True
-        ):
-            gate, up = F.linear(x, w_in).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, w_out))
-        y_SD = torch.cat(outputs)
+
+        def by_expert(x_SD: Tensor, weight: Tensor) -> Tensor:
+            # unbind once: indexing a fused parameter per expert would add a full-size gradient for each.
+            blocks = zip(x_SD.split(counts_E), weight.unbind(0), strict=True)
+            return torch.cat([F.linear(x, w) for x, w in blocks])
+
+        gate_SI, up_SI = by_expert(x_TD[order_S // K], self.gate_up_proj).chunk(2, dim=-1)
+        y_SD = by_expert(F.silu(gate_SI) * up_SI, self.down_proj)
         # Back to token order by a gather (not index_add_): the sum over k is then deterministic.
-        y_TKD = y_SD[order_S.argsort()].view(T, K, -1)
-        return torch.einsum("tkd,tk->td", y_TKD, gates_TK.to(y_TKD.dtype))
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(T * K, device=order_S.device))
+        return (y_SD[place_S].view(T, K, -1) * gates_TK[..., None].to(y_SD.dtype)).sum(1)
 
 
 class MoE(nn.Module):

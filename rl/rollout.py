@@ -38,8 +38,11 @@ def rollout(
     ]
 
 
-def score(groups: Sequence[Group], scorer: Scorer) -> Scores:
-    """Reward every completion, in place; unknown rewards are NaN. Columns reach rewards by name, as in TRL."""
+def score(groups: Sequence[Group], scorer: Scorer, *, step: int = 0) -> Scores:
+    """Reward every completion, in place; unknown rewards are NaN. Columns reach rewards by name, as in TRL.
+
+    step: what rewards see as `trainer_state.global_step`, the steps done so far.
+    """
     names = {name for group in groups for name in group.prompt.columns}
     prompts: list[Any] = []
     completions: list[Any] = []
@@ -53,7 +56,7 @@ def score(groups: Sequence[Group], scorer: Scorer) -> Scores:
             completion_ids.append(completion.ids)
             for name, values in columns.items():
                 values.append(group.prompt.columns.get(name))
-    scores = scorer.score(prompts, completions, completion_ids, columns)
+    scores = scorer.score(prompts, completions, completion_ids, columns, step=step)
     start = 0
     for group in groups:
         own = slice(start, start := start + len(group.completions))

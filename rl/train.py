@@ -24,6 +24,7 @@ from rl.score import Scorer
 from rl.update import Optimizer, update
 from runtime.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
 from runtime.distributed import World
+from runtime.errors import UserError
 from runtime.interrupt import Interrupt
 from runtime.metrics import MetricsLog
 from runtime.models import load_causal_lm
@@ -74,6 +75,12 @@ def train(
     Raises UserError for settings, data or folders that can't be used.
     """
     world = World(precision=config.precision)
+    shares = world.size * config.optim.minibatches
+    if config.prompts_per_step % shares:
+        raise UserError(
+            f"prompts_per_step={config.prompts_per_step}: not divisible by {world.size} processes × "
+            f"optim.minibatches={config.optim.minibatches}; every process needs as many groups in every minibatch"
+        )
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         folder = stack.enter_context(_open_run(config, world))
@@ -184,7 +191,7 @@ class Run:
         if self.interrupt.requested:
             return None
         with tracker.phase("scoring") as scoring:
-            scores = score(groups, self.scorer)
+            scores = score(groups, self.scorer, step=self.done)
             set_advantages(groups, scale_by_std=config.loss.scale_by_std)
         for unknown in scores.unknown[:3]:
             tracker.log(f"reward unknown: {unknown.reward}, completion {unknown.row}: {unknown.reason}")

@@ -99,6 +99,8 @@ def update(policy: Policy, groups: Sequence[Group], optimizer: Optimizer) -> dic
                 ).double().cpu()  # fmt: skip
             if stored is None:
                 gap = _check_gap(policy, minibatch, olds)
+            if int(world.sum(torch.tensor([len(minibatch)]))) == 0:
+                continue  # nothing to learn from: momentum alone must not move the weights
             world.sum_gradients(policy.model)
             sums[5] += optimizer.step() / world.size
     if stored is not None:

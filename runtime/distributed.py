@@ -17,7 +17,8 @@ class World:
 
     def __init__(self, *, precision: str = "fp32") -> None:
         """precision "bf16": `autocast()` computes in bfloat16; weights stay as they are."""
-        self.accelerator = Accelerator()
+        # Without cpu=True accelerate overlooks torchrun on a CPU, and every process believes it is the only one.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.precision = precision
         self.rank = self.accelerator.process_index
         self.size = self.accelerator.num_processes

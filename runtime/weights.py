@@ -37,31 +37,21 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layout(model: nn.Module) -> dict[str, tuple]:
-    state = _state(model)
-    starts: dict[int, str] = {}
-    numbered: dict[str, Tensor] = {}
-    total = 0
-    for name, tensor in state.items():
+    """Checkpoint name -> (model's name, shape, strides, offset). One tensor at a time: the numbers are int64."""
+    layout: dict[str, tuple] = {}
+    for source, tensor in _state(model).items():
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: its checkpoint tensors can't be views of it")
-        starts[total] = name
-        numbered[name] = torch.arange(total, total + tensor.numel()).view(tensor.shape)
-        total += tensor.numel()
-    boundaries = torch.tensor([*starts])
-    layout = {}
-    for name, numbers in sorted(_as_checkpoint(model, numbered).items()):
-        first = int(numbers.flatten()[0])
-        start = int(boundaries[torch.searchsorted(boundaries, first, right=True) - 1])
-        strides = tuple(
-            int(numbers.select(d, 1).flatten()[0]) - first if size > 1 else 1 for d, size in enumerate(numbers.shape)
-        )
-        offset = first - start
-        rebuilt = torch.arange(start, start + state[starts[start]].numel()).as_strided(numbers.shape, strides, offset)
-        if not torch.equal(rebuilt, numbers):
-            raise ValueError(f"{name} is not a strided part of {starts[start]}: transformers rearranges it on saving")
-        base = state[starts[start]].storage_offset()
-        layout[name] = (starts[start], tuple(numbers.shape), strides, base + offset)
-    return layout
+            raise ValueError(f"{source} is not contiguous: its checkpoint tensors can't be views of it")
+        numbers = torch.arange(tensor.numel())
+        for name, part in _as_checkpoint(model, {source: numbers.view(tensor.shape)}).items():
+            first = int(part.flatten()[0])
+            strides = tuple(
+                int(part.select(d, 1).flatten()[0]) - first if size > 1 else 1 for d, size in enumerate(part.shape)
+            )
+            if not torch.equal(numbers.as_strided(part.shape, strides, first), part):
+                raise ValueError(f"{name} is not a strided part of {source}: transformers rearranges it on saving")
+            layout[name] = (source, tuple(part.shape), strides, tensor.storage_offset() + first)
+    return dict(sorted(layout.items()))
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -78,15 +68,17 @@ def _as_checkpoint(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str
 @torch.no_grad()
 def _merged_state(causal_lm: nn.Module) -> dict[str, Tensor]:
     """base + Σ adapters' ΔW, under the names the model has without adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
     deltas: dict[str, Tensor] = {}
     for name, module in causal_lm.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, LoraLayer):
             # A module holds either its own weight (LoRA on a Linear) or one of its parent's (on fused experts).
             key = f"{name}.{getattr(module, 'parameter_name', 'weight')}".replace(".base_layer", "")
             for adapter in module.active_adapters:
-                if adapter in module.lora_A:
+                if module.use_dora.get(adapter) or module.lora_bias.get(adapter):
+                    raise ValueError(f"{name}: DoRA and LoRA biases can't be merged on the way out; use plain LoRA")
+                if adapter in module.r:
                     deltas[key] = deltas.get(key, 0) + module.get_delta_weight(adapter)
     state: dict[str, Tensor] = {}
     for name, tensor in _state(causal_lm).items():

@@ -64,7 +64,7 @@ class NativeSampler:
         self.version = version
         return {name: fingerprint(view) for name, view in self._views.items()}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int]
     ) -> list[list[Completion]]:

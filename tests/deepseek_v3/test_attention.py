@@ -1,5 +1,7 @@
 """Absorbed attention is naive attention, on a cache of kv_lora_rank + rope values a token."""
 
+from itertools import pairwise
+
 import peft
 import pytest
 import torch
@@ -56,7 +58,7 @@ def test_packed_attention_is_softmax_by_hand(v_size, lengths):
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     got = packed_attention(q, k, v, bounds, 0.3)
     assert got.shape == (T, 3, v_size)
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in pairwise(bounds):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * 0.3
         scores = scores.masked_fill(~torch.ones(b - a, b - a).tril().bool(), float("-inf"))
         expected = torch.einsum("hqk,khv->qhv", scores.softmax(-1), v[a:b])

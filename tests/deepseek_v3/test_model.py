@@ -1,5 +1,7 @@
 """Our model computes what transformers' own DeepSeek-V3 computes, padded, packed or cached."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,7 +154,7 @@ BOUNDS = [0, 5, 22, 23, 32, 41]
 def packed_loss(model, ids, bounds):
     """Sum over samples of the next-token losses inside each."""
     logits = model(ids, cu_seqlens=bounds).logits[0]
-    inside = [i for a, b in zip(bounds[:-1], bounds[1:], strict=True) for i in range(a, b - 1)]
+    inside = [i for a, b in pairwise(bounds) for i in range(a, b - 1)]
     return F.cross_entropy(logits[inside], ids[0, [i + 1 for i in inside]], reduction="sum")
 
 

@@ -141,9 +141,11 @@ def test_a_changed_recipe_is_another_folder(monkeypatch, tmp_path):
     deciding = ["recipes/tiny.py", "sft/train.py", "sft/chat.py", "runtime/stories.py", "runtime/packed.py"]
     for changed in [*deciding, "runtime/logprobs.py", "deepseek_v3/moe.py", "deepseek_v3/config.py"]:
         path = tmp_path / changed
-        path.write_text(path.read_text() + "\n# changed\n")
+        path.write_text(path.read_text() + "\nCHANGED = 1\n")
         seen.add(tiny._recipe_hash(0))
     assert len(seen) == 9
-    (tmp_path / "runtime/report.py").write_text("# decides nothing\n")
-    assert tiny._recipe_hash(0) in seen
+    now = tiny._recipe_hash(0)
+    (tmp_path / "runtime/report.py").write_text("decides = 'nothing'\n")
+    path.write_text('"""Other words."""\n# And these.\n' + path.read_text().partition('"""\n')[2])
+    assert tiny._recipe_hash(0) == now
     assert re.fullmatch("[0-9a-f]{12}", tiny._recipe_hash(0))

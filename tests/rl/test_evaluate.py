@@ -81,9 +81,10 @@ def test_what_nobody_could_grade_counts_neither_way(grade):
     assert (evaluation.accuracy.low, evaluation.accuracy.high) == wilson(0.5, 2)
 
 
-def test_nothing_gradable_is_an_error(grade):
-    with pytest.raises(ValueError, match="answers are all unusable"):
-        grade([[RIGHT]], golds=[""])
+def test_when_nothing_is_gradable_accuracy_is_unknown_and_the_run_goes_on(grade):
+    evaluation = grade([[RIGHT]], golds=[""])
+    assert (evaluation.problems, evaluation.unknown) == (0, 1)
+    assert math.isnan(evaluation.accuracy.mean)
 
 
 def test_k_beyond_the_samples_has_no_estimate(grade):

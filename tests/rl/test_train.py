@@ -240,7 +240,7 @@ def test_a_sync_that_did_nothing_stops_the_run_before_the_next_group(config, tmp
 def test_a_signal_between_phases_leaves_the_step_undone(config, tmp_path, monkeypatch):
     import rl.train
 
-    def scores_and_signals(groups, scorer):
+    def scores_and_signals(groups, scorer, **_):
         os.kill(os.getpid(), signal.SIGTERM)
         return real_score(groups, scorer)
 
@@ -250,6 +250,21 @@ def test_a_signal_between_phases_leaves_the_step_undone(config, tmp_path, monkey
     assert (result.steps, result.exit_code) == (0, 128 + signal.SIGTERM)
     monkeypatch.undo()
     assert go(config, tmp_path / "run", resume=True).steps == 3
+
+
+def test_groups_that_do_not_divide_over_minibatches_are_refused(config, tmp_path):
+    with pytest.raises(UserError, match="prompts_per_step=2"):
+        go(config, tmp_path / "run", optim=dataclasses.replace(config.optim, minibatches=4))
+
+
+def test_a_step_without_a_known_reward_moves_nothing(config, tmp_path):
+    def varied_once(completions, trainer_state=None, **_):
+        first = trainer_state.global_step == 0
+        return [float(i % 3) if first else None for i in range(len(completions))]
+
+    result = go(config, tmp_path / "run", rewards={varied_once: 1.0})
+    saved = [load_file(result.run_dir / f"checkpoints/step-00000{n}/model.safetensors") for n in (1, 2)]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
 def test_sampler_settings_reach_the_sampler(config, tmp_path):
@@ -295,7 +310,7 @@ def test_two_processes_take_the_same_step_as_one(config, tmp_path):
     for n in (1, 2):
         command = [*accelerate, "--num_processes", str(n), "--mixed_precision", "no", "--dynamo_backend", "no"]
         subprocess.run(
-            [*command, "-m", "recipes.grpo", "--config", str(tmp_path / "run.yaml"), "--run_dir", str(tmp_path / f"{n}")],
+            [*command, "-m", "recipes.grpo", "--config", f"{tmp_path}/run.yaml", "--run_dir", f"{tmp_path}/{n}"],
             cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
         )  # fmt: skip
     one, two = final_weights(tmp_path / "1"), final_weights(tmp_path / "2")

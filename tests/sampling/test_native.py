@@ -262,7 +262,9 @@ def test_tokens_are_drawn_from_the_exact_distribution():
 def test_sampling_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.1, 0.0, 0.2, 0.7]]).log()  # one token is impossible
     rows = logits.expand(6, 4)
-    drawn, logprobs = sample_tokens(rows, 1.0, torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 1 - 2**-53], dtype=torch.float64))
+    drawn, logprobs = sample_tokens(
+        rows, 1.0, torch.tensor([0.0, 0.05, 0.15, 0.29, 0.31, 1 - 2**-53], dtype=torch.float64)
+    )
     assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.1, 0.2, 0.2, 0.7, 0.7]))
 
