@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=8, help="prompts a step")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of every completion")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each system a round, after an untimed one")
     args = parser.parse_args()

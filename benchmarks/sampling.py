@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256], help="sequences sampled together")
     parser.add_argument("--tokens", type=int, nargs="+", default=[24, 64], help="new tokens a sequence")
     parser.add_argument("--group", type=int, default=8, help="sequences a prompt; 1: no prompt is shared")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vllm_dtype", choices=TOLERANCE, default="float32")
     args = parser.parse_args()
