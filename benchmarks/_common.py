@@ -4,6 +4,7 @@ Every contestant lives in a process of its own: vLLM changes threads and patches
 what one leaves in memory pools and caches must not serve another. They never run at the same time.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -33,8 +34,9 @@ class Turns:
         self._pipe = pipe
 
     def __iter__(self) -> Iterator[Any]:
-        while (request := self._pipe.recv()) is not None:
-            yield request
+        with contextlib.suppress(EOFError):  # the parent is gone
+            while (request := self._pipe.recv()) is not None:
+                yield request
 
     def answer(self, value: Any) -> None:
         self._pipe.send(value)

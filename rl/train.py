@@ -82,13 +82,14 @@ def train(
             f"optim.minibatches={config.optim.minibatches}; every process needs as many groups in every minibatch"
         )
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
         folder = stack.enter_context(_open_run(config, world))
         paid: Mapping[Any, float] = config.rewards if rewards is None else rewards
         scorer = stack.enter_context(Scorer(paid, time_limit=config.reward_time_limit))
         examiner = stack.enter_context(Scorer({"accuracy": 1.0, "format": 0.0}))
         checkpoint = latest_checkpoint(folder.checkpoints_dir) if folder.resumed else None
         model = _model_path(config, world, checkpoint, named_models or {})
+        # Only from here on is there something to save; before, a signal just ends the process.
+        interrupt = stack.enter_context(Interrupt())
         run = Run(config, world, folder, scorer, examiner, interrupt, model=model, checkpoint=checkpoint)
         stack.callback(run.close)
         return run.train()
