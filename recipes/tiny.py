@@ -1,6 +1,6 @@
 """The built-in tiny DeepSeek-V3: its tokenizer and the short SFT that teaches it two habits, made once and cached.
 
-The demonstrations are a mix, as real SFT data is: two in five work the story out, three jump to the answer. Worked
+The demonstrations are a mix, as real SFT data is: three in ten work the story out, seven jump to the answer. Worked
 answers are nearly always right and jumped ones seldom, and the model leaves SFT doing both; which habit pays is what
 GRPO then finds out.
 """
@@ -29,8 +29,8 @@ SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT)
 # every layer. With "<", "think", ">" the choice was a constant of the output head alone and hardly moved.
 TAGS = ("<think>", "</think>")
 DEMONSTRATIONS = 12_000
-DIRECT_SHARE = 0.6
-SFT = SFTConfig()
+DIRECT_SHARE = 0.7
+SFT = SFTConfig(steps=700)
 
 
 def tiny_checkpoint(
