@@ -1,5 +1,6 @@
 """The scorer with real child processes: a fault stays in its row, and no process is left behind."""
 
+import contextlib
 import math
 import os
 import subprocess
@@ -34,7 +35,11 @@ def _rows(scores: Scores) -> list[float | str]:
 
 def _children() -> set[int]:
     """Pids of this process's children, zombies too."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    pids: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            pids |= {int(pid) for pid in (task / "children").read_text().split()}
+    return pids
 
 
 @pytest.fixture(autouse=True)
