@@ -262,7 +262,11 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
                 seconds[contestant.name].append(statistics.median(steps))
             print(f"round {r + 1}: { ({k: round(v[-1], 3) for k, v in seconds.items()}) }", file=sys.stderr)
 
-    print(f"\n{heading}  \n{args.preset}, {args.prompts} prompts × {args.group} completions × {args.tokens} tokens\n")
+    print(
+        f"\n{heading}  \n{args.preset}, {args.prompts} prompts × {args.group} completions × {args.tokens} tokens; ",
+        end="",
+    )
+    print(f"TRL with {contestants[0].ready['settings']}\n")
     rows = [["TRL", spread(seconds["TRL"], ".3f"), "1", *["–"] * len(PHASES)]]
     for name, steps in phases.items():
         milliseconds = [f"{1000 * statistics.median(phase):.0f}" for phase in zip(*steps, strict=True)]

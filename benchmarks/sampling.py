@@ -181,7 +181,7 @@ def compare(args: argparse.Namespace, folder: Path) -> int:
         for contestant in contestants:
             contestant.close()
 
-    print(f"\n{heading}\n")
+    print(f"\n{heading}  \n{args.preset}; `generate` with {contestants[2].ready['settings']}\n")
     rows = []
     for shape in shapes:
         a, b, c = (seconds[name, *shape] for name in ("native", "vllm", "generate"))
