@@ -47,7 +47,7 @@ _SMALL: dict[str, Any] = dict(
 )
 
 _SIZES: dict[str, dict[str, Any]] = {
-    # 0.9M: the demo that learns in minutes on two cores.
+    # 0.97M: the demo that learns in minutes on two cores.
     "tiny": _SMALL
     | dict(
         vocab_size=512,
@@ -138,7 +138,7 @@ PRESETS: tuple[str, ...] = tuple(_SIZES)
 
 
 def preset(name: str, **overrides: Any) -> DeepseekV3Config:
-    """The config of a named size, from "tiny" (0.9M) to "671b", with any `DeepseekV3Config` field overridden."""
+    """The config of a named size, from "tiny" (0.97M) to "671b", with any `DeepseekV3Config` field overridden."""
     if name not in _SIZES:
         nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0)[0]
         raise ValueError(f"preset={name!r}: no such size; did you mean {nearest!r}? Known: {', '.join(PRESETS)}")

@@ -7,7 +7,6 @@ which rows it is batched with. Needs no vLLM.
 
 import copy
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -16,14 +15,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.decode import GroupDecoder
-from runtime.packed import pack, packed_logprobs
+from runtime.packed import score_sequences
 from runtime.weights import checkpoint_views
 from sampling.attest import WeightsMismatch, fingerprint
 from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights
 
-# Rows decoded together, and tokens scored together. Larger batches gain nothing on a CPU and cost memory.
+# Rows decoded together. Larger batches gain nothing on a CPU and cost memory.
 MAX_ROWS = 512
-MAX_SCORED_TOKENS = 16_384
 
 
 class Decoder(Protocol):
@@ -141,17 +139,7 @@ class NativeSampler:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        device = self.model.get_input_embeddings().weight.device
-        scores: list[list[float]] = []
-        batch: list[Sequence[int]] = []
-        for i, sequence in enumerate(sequences):
-            batch.append(sequence)
-            if i + 1 == len(sequences) or sum(map(len, batch)) >= MAX_SCORED_TOKENS:
-                packed = pack(batch, device)
-                logprobs_T, _ = packed_logprobs(self.model, packed)
-                scores += [part[1:] for part in _split(logprobs_T.tolist(), packed.cu_seqlens)]
-                batch = []
-        return scores
+        return score_sequences(self.model, sequences)
 
     def close(self) -> None:
         self.version = -1
@@ -227,7 +215,3 @@ def sample_tokens(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> t
         ids_B1.clamp_(max=logits_BV.shape[-1] - 1)
     logprobs_B1 = logits_BV.gather(-1, ids_B1) - largest_B1 - cdf_BV[:, -1:].log()
     return ids_B1[:, 0], logprobs_B1[:, 0].float()
-
-
-def _split(values: list[float], cu_seqlens: list[int]) -> list[list[float]]:
-    return [values[a:b] for a, b in pairwise(cu_seqlens)]
