@@ -165,9 +165,8 @@ class Run:
                 every = self.config.checkpoint.every
                 if every and self.done % every == 0 and self.done < self.config.steps:
                     self.save()
-        if self.interrupt.requested:
-            self.save()
-        else:
+        self.save()  # also at the end: with more --steps, --resume goes on from here
+        if not self.interrupt.requested:
             after = self.evaluate(self.config.evaluation.problems)
             self.record(self.done, {} if after is None else evaluation_metrics(after), last=True)
             self.save_final()
