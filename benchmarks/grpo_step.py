@@ -37,7 +37,7 @@ from benchmarks._common import (
 )
 from rewards import REWARDS
 from runtime.models import load_causal_lm, load_tokenizer
-from runtime.packed import packed_logprobs
+from runtime.packed import logprobs_at
 from runtime.stories import stories
 from sft.chat import encode_prompt
 
@@ -54,6 +54,7 @@ def ours(turns: Turns, folder: Path, data: Path, backend: Any, args: argparse.Na
     from rl.config import CheckpointConfig, EvaluationConfig, GRPOConfig, OptimConfig, SamplingConfig
     from rl.score import Scorer
     from rl.train import Run
+    from runtime.watchdog import Watchdog
     from runtime.distributed import World
     from runtime.interrupt import Interrupt
     from runtime.progress import StepTracker
@@ -76,11 +77,12 @@ def ours(turns: Turns, folder: Path, data: Path, backend: Any, args: argparse.Na
         open_run(folder.parent / backend, config=dataclasses.asdict(config), resume=False) as run_folder,
         Scorer({"accuracy": 1.0}) as scorer,
     ):
-        run = Run(config, World(), run_folder, scorer, scorer, interrupt, model=folder, checkpoint=None)
-        run.params = dataclasses.replace(run.params, stop_token_ids=())
-        run.sync()
+        watchdog = Watchdog(run_folder.path, 0)
+        run = Run(config, World(), run_folder, scorer, scorer, interrupt, watchdog, model=folder, checkpoint=None)
+        run.engine.params = dataclasses.replace(run.engine.params, stop_token_ids=())
         tracker = StepTracker(1, "benchmark", console=Console(file=io.StringIO()))
-        turns.answer({"threads": torch.get_num_threads(), "dtype": run.sampler.dtype})
+        run.sync(tracker)
+        turns.answer({"threads": torch.get_num_threads(), "dtype": run.engine.sampler.dtype})
         for steps in turns:
             turns.answer([run.step(tracker) for _ in range(steps)])
         run.close()
@@ -165,7 +167,13 @@ def _batch(args: argparse.Namespace, prompts: list[list[int]]) -> list[tuple[lis
     advantages = torch.randn(len(lengths), generator=generator).tolist()
     completions = [torch.randint(5, 480, (n,), generator=generator).tolist() for n in lengths]
     repeated = [prompt for prompt in prompts for _ in range(args.group)]
-    return list(zip(repeated, completions, advantages, strict=True))
+    rows = list(zip(repeated, completions, advantages, strict=True))
+    # By length within a prompt, as ours packs them: TRL's rows are then in the same order.
+    return [
+        row
+        for i in range(0, len(rows), args.group)
+        for row in sorted(rows[i : i + args.group], key=lambda r: len(r[1]))
+    ]
 
 
 def _peer_work(model: Any, batch: list[Any], tokens: int) -> None:
@@ -183,15 +191,28 @@ def parity(trainer: Any, folder: Path, samples: list[tuple[list[int], list[int],
     """Relative differences of our loss and gradient from TRL's on one batch, off-policy enough for the clip to act."""
     from rl.batch import make_batch
     from rl.config import LossConfig
-    from rl.loss import grpo_loss
+    from rl.loss import LossInputs, Totals, policy_loss
+    from rl.types import Family, Sample
 
     model = load_causal_lm(folder)
-    batch = make_batch([(prompt, ids, [0.0] * len(ids), advantage) for prompt, ids, advantage in samples])
-    logprobs_T, _ = packed_logprobs(model, batch.packed, only_T=batch.loss_mask_T)
-    noise = 0.2 * torch.randn(logprobs_T.shape, generator=torch.Generator().manual_seed(1))
-    old_T = (logprobs_T.detach() + noise) * batch.loss_mask_T
-    batch = dataclasses.replace(batch, sampler_logprobs_T=old_T)  # importance weights of 1: TRL has none here
-    loss = grpo_loss(batch, logprobs_T, old_T, None, config=LossConfig(), num_completions=len(samples)).loss
+    families = [
+        Family(prompt=prompt, samples=[Sample(ids=ids, logprobs=[0.0] * len(ids), advantage=a) for _, ids, a in group])
+        for prompt, group in groupby(samples, key=lambda sample: sample[0])
+    ]
+    batch = make_batch(families)
+    logp, _ = logprobs_at(model, batch.packed, batch.states_C, batch.targets_C)
+    old = logp.detach() + 0.2 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+    x = LossInputs(
+        logp=logp,
+        old=old,
+        sampler=old,  # importance weights of 1: TRL has none here
+        reference=None,
+        sequence=batch.sequence_C,
+        advantages=batch.advantages_N,
+        lengths=batch.lengths_N,
+    )
+    totals = Totals(completions=len(samples), tokens=len(logp), max_tokens=len(logp))
+    loss = policy_loss(x, config=LossConfig(), totals=totals).loss
     loss.backward()
 
     def padded(rows: list[list[Any]], side: str) -> torch.Tensor:
@@ -205,7 +226,7 @@ def parity(trainer: Any, folder: Path, samples: list[tuple[list[int], list[int],
         "completion_ids": padded(completions, "right"),
         "completion_mask": padded([[1] * n for n in lengths], "right"),
         "advantages": torch.tensor(advantages),
-        "old_per_token_logps": pad_sequence(old_T[batch.loss_mask_T].split(lengths), batch_first=True),
+        "old_per_token_logps": pad_sequence(old.split(lengths), batch_first=True),
     }
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()

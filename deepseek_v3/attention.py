@@ -8,14 +8,12 @@ Shapes: T packed tokens, B rows, L new tokens per row, S cached tokens, H heads,
 P = rope part, N = nope part, V = value part, D = hidden.
 """
 
-from collections.abc import Sequence
-from itertools import groupby, pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DeepseekV3Config
 
+from deepseek_v3.packing import Layout, SegmentAttention, flex_attention
 from deepseek_v3.rope import rotate, softmax_scale
 
 
@@ -33,28 +31,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-def packed_attention(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens: Sequence[int], scale: float) -> Tensor:
-    """Causal attention within each packed sequence [cu_seqlens[i], cu_seqlens[i+1]) and nowhere else.
-
-    Returns (T, H, v). Neighbouring sequences of one length run as a single batch, so samples sorted by length run
-    fastest, and no token of padding is computed. On a CPU the fast SDPA kernel needs one head size for q, k and v,
-    so v is widened.
-    """
+def packed_attention(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Causal attention (T, H, v) of packed segments: each token sees its own segment's past, and all of the segment
+    that its own continues, if any. On CUDA by FlexAttention, elsewhere segment by segment."""
     v_size = v_THv.shape[-1]
-    if v_size < q_THd.shape[-1]:
-        v_THv = F.pad(v_THv, (0, q_THd.shape[-1] - v_size))
-    lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    batches = [(length, len(list(run))) for length, run in groupby(lengths)]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:  # each (rows · length, H, d)
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    sizes = [length * rows for length, rows in batches]
-    parts = zip(*(x.split(sizes) for x in (q_THd, k_THd, v_THv)), strict=True)
-    out = [attend(q, k, v, length) for (q, k, v), (length, _) in zip(parts, batches, strict=True)]
-    return (out[0] if len(out) == 1 else torch.cat(out))[..., :v_size]
+    if q_THd.is_cuda:
+        out = flex_attention(q_THd, k_THd, v_THv, layout, scale)
+    else:
+        # The CPU's fast kernel needs one head size for q, k and v. It is no autocast function, so casts are ours.
+        size = max(v_size, q_THd.shape[-1])
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_THd.dtype
+        q, k, v = (F.pad(x, (0, size - x.shape[-1])).to(dtype) for x in (q_THd, k_THd, v_THv))
+        out = SegmentAttention.apply(q, k, v, layout, scale)
+    return out[..., :v_size]
 
 
 class MLA(nn.Module):
@@ -99,16 +88,14 @@ class MLA(nn.Module):
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         return self.kv_a_layernorm(c_kv), rotate(k_rope, cos, sin, interleaved=self.interleaved)
 
-    def forward(
-        self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Naive MLA over packed sequences; returns the output (T, D) and the latents a cache would keep."""
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Naive MLA over packed segments; returns the output (T, D) and the latents a cache would keep."""
         q_nope, q_rope = self.queries(x_TD, cos, sin)
         c_kv, k_rope = self.latent(x_TD, cos, sin)
         k_nope, v = self.kv_b_proj(c_kv).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope[:, None, :].expand(-1, self.heads, -1)], dim=-1)
-        out = packed_attention(q, k, v, cu_seqlens, self.scale)
+        out = packed_attention(q, k, v, layout, self.scale)
         return self.o_proj(out.flatten(-2)), (c_kv, k_rope)
 
     def absorption(self) -> tuple[Tensor, Tensor]:

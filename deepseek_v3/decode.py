@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepseek_v3.attention import MLA
 from deepseek_v3.model import DeepseekV3ForCausalLM
+from deepseek_v3.packing import Layout
 
 
 class GroupDecoder:
@@ -59,13 +60,12 @@ class GroupDecoder:
 
     def _prefill(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[Tensor]]:
         model = self.model.model
-        cu_seqlens = [0, *accumulate(map(len, prompts))]
-        positions_T = torch.cat([torch.arange(len(p), device=device) for p in prompts])
-        cos, sin = (table[positions_T] for table in self.cos_sin)
+        layout = Layout([0, *accumulate(map(len, prompts))])
+        cos, sin = (table[layout.positions(device)] for table in self.cos_sin)
         x_TD = model.embed_tokens(torch.tensor([i for p in prompts for i in p], device=device))
         entries = []
         for block in model.blocks:
-            attended, latent = block.self_attn(block.input_layernorm(x_TD), cos, sin, cu_seqlens)
+            attended, latent = block.self_attn(block.input_layernorm(x_TD), cos, sin, layout)
             x_TD = block.feed_forward(x_TD + attended)
             entries.append(self._entry(block.self_attn, *latent))
         return model.norm(x_TD), entries

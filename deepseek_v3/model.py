@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from deepseek_v3.attention import MLA, RMSNorm
 from deepseek_v3.moe import MLP, Experts, MoE, Router
+from deepseek_v3.packing import Layout
 from deepseek_v3.rope import cos_sin, cos_sin_scale, inverse_frequencies
 
 # Checkpoints hold experts one by one, the model holds them fused. transformers converts between the two for its own
@@ -44,8 +45,8 @@ class Block(GradientCheckpointingLayer):
         h = self.post_attention_layernorm(x)
         return x + self.mlp(h.flatten(0, -2)).view_as(x)
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(x_TD), cos, sin, cu_seqlens)
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(x_TD), cos, sin, layout)
         return self.feed_forward(x_TD + attended)
 
     def cached(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, cache: Cache, mask_BLS: Tensor) -> Tensor:
@@ -116,6 +117,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool = False,
         cu_seqlens: Sequence[int] | None = None,
+        layout: Layout | None = None,
         output_hidden_states: bool = False,
         **_: Any,
     ) -> BaseModelOutputWithPast:
@@ -123,6 +125,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
 
         cu_seqlens: boundaries [0, ..., B·L] of samples packed along the flattened rows; positions restart at each
             unless `position_ids` says otherwise. Excludes `attention_mask` and a cache.
+        layout: instead of cu_seqlens, when some of the packed segments continue others.
         attention_mask: (B, L), or (B, S + L) with a cache of S; 0 marks padding. Padded positions return zeros.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -135,13 +138,15 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                     "pack samples with cu_seqlens instead of passing a block mask"
                 )
             attention_mask = None
+        if cu_seqlens is not None:
+            layout = Layout(cu_seqlens)
         if use_cache or past_key_values is not None:
-            if cu_seqlens is not None:
+            if layout is not None:
                 raise ValueError("cu_seqlens packs samples for training; it can't be combined with a cache")
             past_key_values = past_key_values if past_key_values is not None else DynamicCache()
             hidden = self._cached(x_BLD, attention_mask, position_ids, past_key_values)
             return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
-        hidden, states = self._packed(x_BLD, attention_mask, position_ids, cu_seqlens, output_hidden_states)
+        hidden, states = self._packed(x_BLD, attention_mask, position_ids, layout, output_hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
 
     def _packed(
@@ -149,31 +154,26 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         x_BLD: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cu_seqlens: Sequence[int] | None,
+        layout: Layout | None,
         keep_states: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         B, L, D = x_BLD.shape
         x_TD = x_BLD.reshape(B * L, D)
         kept: Tensor | None = None
         if attention_mask is not None:
-            if cu_seqlens is not None:
+            if layout is not None:
                 raise ValueError("pass either attention_mask (padded rows) or cu_seqlens (packed rows)")
             kept = attention_mask.bool().flatten().nonzero()[:, 0]
             x_TD = x_TD[kept]
             lengths = attention_mask.bool().sum(1)
-            cu_seqlens = [0, *lengths[lengths > 0].cumsum(0).tolist()]
-        if cu_seqlens is None:
-            cu_seqlens = range(0, B * L + 1, L)
-        if position_ids is None:
-            if kept is None:
-                starts = torch.tensor(cu_seqlens[:-1], device=x_BLD.device)
-                sizes = torch.tensor(cu_seqlens, device=x_BLD.device).diff()
-                positions = torch.arange(len(x_TD), device=x_BLD.device) - starts.repeat_interleave(sizes)
-            else:
-                positions = kept % L
-        else:
+            layout = Layout([0, *lengths[lengths > 0].cumsum(0).tolist()])
+        if layout is None:
+            layout = Layout(range(0, B * L + 1, L))
+        if position_ids is not None:
             positions = position_ids.expand(B, L).flatten()
             positions = positions if kept is None else positions[kept]
+        else:
+            positions = layout.positions(x_BLD.device) if kept is None else kept % L
         cos, sin = self.rope(positions, x_BLD.dtype)
 
         def in_rows(x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         for block in self.blocks:
             if keep_states:
                 states.append(in_rows(x_TD))
-            x_TD = block(x_TD, cos, sin, cu_seqlens)
+            x_TD = block(x_TD, cos, sin, layout)
         hidden = in_rows(self.norm(x_TD))
         return hidden, (*states, hidden) if keep_states else None
 
@@ -232,11 +232,12 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Sequence[int] | None = None,
+        layout: Layout | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, vocab), of the last `logits_to_keep` positions if that is positive, and the loss of `labels`.
 
-        The arguments are those of every causal LM of transformers, and `cu_seqlens` (see `DeepseekV3Model`).
+        The arguments are those of every causal LM of transformers, and the packing of `DeepseekV3Model`.
         """
         return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(
@@ -247,6 +248,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            layout=layout,
             output_hidden_states=bool(kwargs.pop("output_hidden_states", False)),
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden, E routed experts, K chosen per token, I expert width
 Left out here: the bias update and the balance loss of pre-training.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Router(nn.Module):
         self.scale = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        # Each is given a forward's choice (T, K) and returns the one to take: routing.py records and replays by them.
+        self.on_choice: list[Callable[[Tensor], Tensor]] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         # b accumulates steps of 0.001 and is released in fp32: a cast of the model must not round it.
@@ -64,6 +67,8 @@ class Router(nn.Module):
             kept_TG.scatter_(1, group_scores_TG.topk(self.topk_group, dim=-1).indices, True)
             c_TE = c_TGe.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
         chosen_TK = c_TE.topk(self.top_k, dim=-1).indices
+        for hook in self.on_choice:
+            chosen_TK = hook(chosen_TK)
         gates_TK = s_TE.gather(1, chosen_TK)
         if self.normalise:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)

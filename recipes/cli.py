@@ -2,8 +2,9 @@
 
 `--config a.yaml` (any number; later files win), then `--optim.lr 1e-4` (wins over every file). jsonargparse
 does the types, the help and `--print_config`; added here: bare `--resume`, errors of one line that name the
-field, the value, where it stood and the nearest known name, and the exit codes. Leaves out subclasses chosen
-by a dotted path (`class_path:`): a configuration can't name code to run.
+field, the value, where it stood and the nearest known name, and the exit codes: 0 done, 1 failed, 2 bad
+configuration or input, 74 the disk is full or failed, 128 + signal when told to leave. Leaves out subclasses
+chosen by a dotted path (`class_path:`): a configuration can't name code to run.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from typing import Any, Never, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from runtime.errors import UserError
+from runtime.errors import EXIT_DISK, DiskError, UserError
 
 T = TypeVar("T")
 
@@ -38,8 +39,8 @@ def main(
 ) -> int:
     """Parse, set up logging, run; return the exit code.
 
-    That is what `run` returned (None is 0), 2 after a UserError, 130 after Ctrl-C. Any other exception passes
-    through, so that Python shows its traceback and exits with 1.
+    That is what `run` returned (None is 0), 2 after a UserError, 74 after a DiskError, 130 after Ctrl-C. Any other
+    exception passes through, so that Python shows its traceback and exits with 1.
     """
     config = parse(config_class, argv, prog=prog, description=description)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -50,6 +51,10 @@ def main(
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except DiskError as error:
+        again = " with --resume" if hasattr(config, "resume") else ""
+        print(f"{prog}: error: {error}, then the same command{again}", file=sys.stderr)
+        return EXIT_DISK
     except KeyboardInterrupt:
         return 130
 

@@ -19,6 +19,7 @@ from rl.prompts import make_source
 from rl.record import write_rollout
 from rl.rollout import stop_token_ids
 from rl.score import Scorer
+from rl.types import Rollout
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer
@@ -132,7 +133,8 @@ def write(evaluation: Evaluation, config: EvaluateConfig, folder: Path) -> Path:
     (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
     for group in evaluation.groups:
         group.advantages = [float("nan")] * len(group.completions)
-    write_rollout(folder, evaluation.groups, step=0, world=World())
+    rollout = Rollout(groups=evaluation.groups, spare=[], cursor=0, metrics={})
+    write_rollout(folder, rollout, step=0, world=World())
     return folder
 
 

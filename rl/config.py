@@ -36,6 +36,15 @@ class SamplingConfig:
     """vLLM's weights and activations. "auto": bfloat16, but float32 on a CPU without AMX, as fast there and exact."""
     gap_limit: float = 0.1
     """The run stops when a rollout's mean |log π_trainer − log π_sampler| exceeds this (nats per token)."""
+    experts: Literal["ignore", "compare", "replay"] = "ignore"
+    """Mixture-of-experts models. "compare": the sampler records which experts it chose, and the share of tokens for
+    which the trainer would choose others is a metric. "replay": the update also uses the recorded ones (R3)."""
+    process: bool = False
+    """Run the engine in a process of its own, which can be killed and started again when it dies or hangs."""
+    time_limit: float = 1800.0
+    """Seconds one call of an engine in its own process may take before it counts as hung."""
+    max_restarts: int = 3
+    """Times in a run that such an engine is started again: weights reloaded and attested, the group sampled anew."""
 
     def __post_init__(self) -> None:
         cuts = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0)}
@@ -49,38 +58,95 @@ class SamplingConfig:
             self.temperature > 0,
             f"sampling.temperature={self.temperature}: a rollout needs randomness; use e.g. 1.0",
         )
-        for name in ("max_tokens", "max_prompt_tokens"):
-            _require(getattr(self, name) > 0, f"sampling.{name}={getattr(self, name)}: allow at least one")
+        for name in ("max_tokens", "max_prompt_tokens", "time_limit"):
+            _require(getattr(self, name) > 0, f"sampling.{name}={getattr(self, name)}: must be positive")
+        _require(self.max_restarts >= 0, f"sampling.max_restarts={self.max_restarts}: use 0 for none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """GRPO's objective: DeepSeekMath (arXiv 2402.03300), equation 3, with a correction for the sampler's log-probs."""
+    """The objective. How far each choice is from the true gradient is measured in docs/gradients.md."""
 
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """How completions of a group are compared: by their z-score, less their mean, or less the mean of the others."""
+    objective: Literal["grpo", "dapo", "dr_grpo", "gspo", "sequence", "cispo"] = "grpo"
+    """"grpo": mean over completions. "dapo": mean over tokens. "dr_grpo": sum over max_tokens. "gspo": one ratio a
+    completion, its tokens' geometric mean. "sequence": the literal ratio of whole answers. "cispo": clipped weights."""
     epsilon: float = 0.2
-    """Clip range ε: ratios outside [1 − ε, 1 + ε] stop earning gradient. R1's is 10."""
+    """Clip range ε: ratios outside [1 − ε, 1 + ε] stop earning gradient. R1's is 10; for "gspo" use 3e-4."""
+    epsilon_high: float | None = None
+    """Upper clip range, if it is to differ (DAPO: 0.28; "gspo": 4e-4; "cispo": 4, the only one it uses)."""
     beta: float = 0.0
-    """Weight β of the k3 KL penalty to the reference policy. 0: no reference is kept."""
+    """Weight β of the KL penalty to the reference policy. 0: no reference is kept."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL."""
+    kl_gradient: Literal["unbiased", "direct"] = "unbiased"
+    """"unbiased": the KL's own gradient, whatever estimates its value. "direct": the estimator differentiated as
+    DeepSeekMath and R1 do, which for k3 is the gradient of another divergence."""
     reference_every: int = 0
     """Replace the frozen reference by the current policy every this many steps; 0: never. R1-Zero's is 400."""
-    scale_by_std: bool = True
-    """Divide a group's centred rewards by their standard deviation."""
+    importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """Correction by π_old / π_sampler, per token or per completion: truncated at the cap, or left out above it."""
     importance_cap: float = 2.0
-    """Truncated importance sampling: weight min(π_old / π_sampler, cap) per token. 0: no correction."""
+    """Largest weight of that correction."""
+    importance_floor: float = 0.2
+    """The run stops when the correction leaves less than this of a rollout, or of any tenth of it by length that
+    holds 20 completions: the share of tokens below the cap, or the effective share of samples (Kish). 0: never."""
     mask_truncated: bool = False
     """Leave completions cut at max_tokens out of the loss instead of training on them as they are."""
 
+    @property
+    def clip_high(self) -> float:
+        """ε of the upper clip."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
     def __post_init__(self) -> None:
         _require(self.epsilon > 0, f"loss.epsilon={self.epsilon}: the clip range must be positive")
+        _require(self.clip_high > 0, f"loss.epsilon_high={self.epsilon_high}: the clip range must be positive")
         _require(self.beta >= 0, f"loss.beta={self.beta}: the KL weight can't be negative")
+        _require(
+            self.beta == 0 or self.kl != "k1" or self.kl_gradient == "unbiased",
+            "loss.kl=k1 with loss.kl_gradient=direct: that gradient is zero on average and only noise; use unbiased",
+        )
         _require(
             self.reference_every >= 0,
             f"loss.reference_every={self.reference_every}: steps, 0 for never",
         )
         _require(
-            self.importance_cap == 0 or self.importance_cap >= 1,
-            f"loss.importance_cap={self.importance_cap}: use 0 (off) or a cap of at least 1",
+            self.importance_cap >= 1,
+            f"loss.importance_cap={self.importance_cap}: at least 1; loss.importance=none turns the correction off",
         )
+        _require(0 <= self.importance_floor < 1, f"loss.importance_floor={self.importance_floor}: a share below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSamplingConfig:
+    """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups that teach nothing are sampled for again."""
+
+    max_rounds: int = 0
+    """Extra rollouts a step may take to replace groups of equal or unknown rewards; 0: off. What they bring is all
+    recorded, and a step whose rounds run out trains on the groups it has."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_rounds >= 0, f"dynamic_sampling.max_rounds={self.max_rounds}: use 0 for off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Prompts chosen by how likely their group is to teach something: 1 − p^G − (1 − p)^G at pass rate p."""
+
+    reward: str | None = None
+    """Reward part in [0, 1] whose mean is the pass rate, say "accuracy"; unset: no curriculum."""
+    column: str = "pass_rate"
+    """Column of the data with a pass rate from elsewhere (the distillation ledger writes one); rows may lack it."""
+    column_weight: float = 8.0
+    """Completions that column's value counts for, beside those of this run."""
+    floor: float = 0.1
+    """Least chance of a prompt to be taken when its turn comes, so that none is given up for good."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.floor <= 1, f"curriculum.floor={self.floor}: a chance in (0, 1]")
+        _require(self.column_weight >= 0, f"curriculum.column_weight={self.column_weight}: can't be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +169,8 @@ class OptimConfig:
     """Passes over a rollout."""
     microbatch_tokens: int = 16384
     """Tokens per packed forward and backward; gradients accumulate. Bounds memory, never changes the result."""
+    share_prompts: bool = True
+    """Compute a group's prompt once for all its completions. Changes the cost, never the result."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr={self.lr}: the learning rate must be positive")
@@ -130,6 +198,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only the final one (and on SIGTERM)."""
     keep: int = 2
     """How many to keep, besides the final one."""
+    watchdog: float = 900.0
+    """Seconds without progress after which the log names the phase that hangs, and all stacks go to the run folder;
+    0: off."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every={self.every}: steps, 0 for only the final checkpoint")
@@ -160,6 +231,9 @@ class GRPOConfig:
     """Problems: a JSONL or Parquet file or a `datasets` name with prompt/answer or GSM8K's columns, or "stories"."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 0.0})
     """Reward -> weight: "accuracy", "format", or your own function's dotted name. Weight 0: measured, not paid."""
+    overlong_buffer: int = 0
+    """DAPO's soft overlong punishment (eq. 13): in the last so many tokens before max_tokens the reward falls in a
+    line from 0 to −1, and a completion that is cut gets −1; 0: off. It is added to the reward with weight 1."""
     reward_time_limit: float = 10.0
     """Seconds a reward function may take for one call before its rows become unknown."""
     steps: int = 25
@@ -180,6 +254,10 @@ class GRPOConfig:
     """Also send metrics to any of "tensorboard", "trackio", "wandb"."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How groups are sampled."""
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    """Replacement of groups that teach nothing."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Choice of prompts by difficulty."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The objective."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -205,6 +283,10 @@ class GRPOConfig:
             self.prompts_per_step % self.optim.minibatches == 0,
             f"optim.minibatches={self.optim.minibatches}: must divide prompts_per_step={self.prompts_per_step}, "
             "because a group stays in one minibatch",
+        )
+        _require(
+            0 <= self.overlong_buffer < self.sampling.max_tokens,
+            f"overlong_buffer={self.overlong_buffer}: must be below sampling.max_tokens={self.sampling.max_tokens}",
         )
         _require(
             any(self.rewards.values()),

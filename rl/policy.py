@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.config import GRPOConfig, LoraConfig
+from rl.types import Batch
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer
-from runtime.packed import Packed, packed_logprobs, plain_model, score_sequences
+from runtime.packed import logprobs_at, plain_model, score_sequences
 from runtime.weights import checkpoint_tensors
 
 ATTENTION_PROJECTIONS = (
@@ -44,21 +45,23 @@ class Policy:
         """The transformers model, under the adapters if there are any."""
         return plain_model(self.model)
 
-    def logprobs(self, packed: Packed, *, only_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """log π_θ and entropy at the sampling temperature, (T,) each."""
-        with self.world.autocast():
-            return packed_logprobs(self.model, packed, temperature=self.config.sampling.temperature, only_T=only_T)
+    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """log π_θ and entropy of the trained tokens at the sampling temperature, (C,) each."""
+        return self._logprobs(self.model, batch)
 
     @torch.no_grad()
-    def reference_logprobs(self, packed: Packed, *, only_T: Tensor) -> Tensor | None:
-        """log π_ref (T,), or None at β = 0. Under LoRA the reference is the model with its adapters off."""
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """log π_ref (C,), or None at β = 0. Under LoRA the reference is the model with its adapters off."""
         if self.config.loss.beta == 0:
             return None
         off = contextlib.nullcontext() if self.reference else self.model.disable_adapter()  # type: ignore[operator]
-        with off, self.world.autocast():
-            model = self.reference or self.model
-            temperature = self.config.sampling.temperature
-            return packed_logprobs(model, packed, temperature=temperature, only_T=only_T)[0]
+        with off:
+            return self._logprobs(self.reference or self.model, batch)[0]
+
+    def _logprobs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        temperature = self.config.sampling.temperature
+        with self.world.autocast():
+            return logprobs_at(model, batch.packed, batch.states_C, batch.targets_C, temperature=temperature)
 
     def replace_reference(self) -> None:
         """Freeze a copy of the policy as it is now."""

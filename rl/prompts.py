@@ -1,4 +1,4 @@
-"""Rows of data -> the prompts of each step: a pure function of (seed, step), with no state to save.
+"""Rows of data -> the prompts of each step: a pure function of the seed and one cursor.
 
 A row whose prompt is too long for the sampler is set aside before the run starts, and counted.
 """
@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from rl.curriculum import Curriculum
 from rl.types import Prompt
 from runtime.errors import UserError
 from runtime.rows import Rows, take
 from sft.chat import Prompt as Content
 from sft.chat import encode_prompt
+
+MOST_PASSED_OVER = 50
+"""Turns per wanted prompt after which a curriculum no longer chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +30,18 @@ class PromptSource:
     """Rows set aside because their prompt exceeds the limit."""
     seed: int
 
-    def step(self, step: int, count: int) -> list[Prompt]:
-        """The `count` prompts of a step (from 0): consecutive draws from epoch after epoch of shuffled rows."""
-        start = step * count
-        return [
-            self.prompt(index, epoch=epoch, draw=start + i)
-            for i, (epoch, index) in enumerate(take(len(self.rows), seed=self.seed, start=start, count=count))
-        ]
+    def draw(self, cursor: int, count: int, curriculum: Curriculum | None = None) -> tuple[list[Prompt], int]:
+        """The next `count` prompts from `cursor` on, in the order of epoch after epoch of shuffled rows, and the
+        cursor behind them. A curriculum passes over some; when it has nearly all, the rest is taken as it comes."""
+        prompts: list[Prompt] = []
+        give_up = cursor + MOST_PASSED_OVER * count
+        while len(prompts) < count:
+            ((epoch, index),) = take(len(self.rows), seed=self.seed, start=cursor, count=1)
+            seed = mix_seed(self.seed, cursor)
+            if curriculum is None or cursor >= give_up or seed / 2**63 < curriculum.chance(index, self.rows[index]):
+                prompts.append(self.prompt(index, epoch=epoch, draw=cursor))
+            cursor += 1
+        return prompts, cursor
 
     def first(self, count: int) -> list[Prompt]:
         """The first `count` rows in file order, for evaluation."""

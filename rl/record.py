@@ -1,7 +1,9 @@
-"""Scored groups -> the step's metrics under TRL's names, and a Parquet file of every completion."""
+"""Scored groups -> the step's metrics under TRL's names, and a Parquet file of every completion; and back from it."""
 
+import itertools
+import json
+import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ import torch
 
 from rl.advantage import zero_variance
 from rl.evaluate import Evaluation, thinks
-from rl.types import Group
+from rl.types import Group, Prompt, Rollout
 from runtime.distributed import World
+from runtime.files import replacing
+from sampling.protocol import Completion
+
+log = logging.getLogger(__name__)
 
 
 def rollout_metrics(groups: Sequence[Group], world: World) -> dict[str, float]:
@@ -70,30 +76,66 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 # Declared, not inferred: a step without a single known reward must have the same types as the others.
 _SCHEMA = {
-    **dict.fromkeys(("step", "prompt_index", "epoch", "group", "sample", "seed"), pa.int64()),
+    **dict.fromkeys(("step", "prompt_index", "epoch", "process", "group", "sample", "seed"), pa.int64()),
+    "used": pa.bool_(),
     **dict.fromkeys(("prompt_text", "completion_text"), pa.string()),
     **dict.fromkeys(("prompt_ids", "completion_ids"), pa.list_(pa.int64())),
     "logprobs": pa.list_(pa.float64()),
     "finish_reason": pa.string(),
     "version": pa.int64(),
+    "experts": pa.list_(pa.int16()),
     "answer": pa.string(),
     **dict.fromkeys(("reward", "advantage"), pa.float64()),
 }
 
 
-def write_rollout(folder: Path, groups: Sequence[Group], *, step: int, world: World) -> None:
-    """Write `step-000012.parquet`: one row per completion of every process, in order, in place or not at all."""
-    rows = world.gather([row for g, group in enumerate(groups) for row in _rows(group, g, step=step)])
+def write_rollout(folder: Path, rollout: Rollout, *, step: int, world: World) -> None:
+    """Write `step-000012.parquet`: one row per completion of every process, in order, durably or not at all.
+
+    Groups that were sampled and not trained on are in it too (`used` is false). From it `read_rollout` brings the
+    step back, so that a run that is killed neither samples nor pays for it again.
+    """
+    marked = [(group, True) for group in rollout.groups] + [(group, False) for group in rollout.spare]
+    own = [row for g, (group, used) in enumerate(marked) for row in _rows(group, g, step, world.rank, used)]
+    rows = world.gather(own)
     if world.is_main:
-        path = folder / f"step-{step:06d}.parquet"
-        aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         parts = {name: pa.float64() for name in rows[0] if name not in _SCHEMA}
-        table = pa.Table.from_pylist(rows, schema=pa.schema(_SCHEMA | parts))
-        pq.write_table(table, aside, compression="zstd")
-        aside.rename(path)
+        about = {
+            "cursor": rollout.cursor,
+            "metrics": rollout.metrics,
+            "processes": world.size,
+            "experts": _experts_shape(rollout.groups),
+        }
+        schema = pa.schema(_SCHEMA | parts, metadata={"rollout": json.dumps(about)})
+        with replacing(folder / f"step-{step:06d}.parquet") as aside:
+            pq.write_table(
+                pa.Table.from_pylist(rows, schema=schema), aside, compression="zstd", write_page_checksum=True
+            )
 
 
-def _rows(group: Group, number: int, *, step: int) -> list[dict[str, Any]]:
+def read_rollout(folder: Path, *, step: int, world: World) -> Rollout | None:
+    """This process's share of a step's rollout as it was written; None if there is none, if it was written by another
+    number of processes, or if it is damaged, which a warning says."""
+    path = folder / f"step-{step:06d}.parquet"
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        log.warning("%s is damaged (%s): the step is sampled anew", path, error)
+        return None
+    about = json.loads((table.schema.metadata or {}).get(b"rollout", b"{}"))
+    if about.get("processes") != world.size:
+        return None
+    groups: dict[bool, list[Group]] = {True: [], False: []}
+    rows = [row for row in table.to_pylist() if row["process"] == world.rank]
+    for _, own in itertools.groupby(rows, key=lambda row: row["group"]):
+        members = list(own)
+        groups[members[0]["used"]].append(_group(members, about["experts"]))
+    return Rollout(groups=groups[True], spare=groups[False], cursor=about["cursor"], metrics=about["metrics"])
+
+
+def _rows(group: Group, number: int, step: int, process: int, used: bool) -> list[dict[str, Any]]:
     content = group.prompt.content
     text = content if isinstance(content, str) else "\n\n".join(m["content"] for m in content)
     return [
@@ -101,8 +143,10 @@ def _rows(group: Group, number: int, *, step: int) -> list[dict[str, Any]]:
             "step": step,
             "prompt_index": group.prompt.index,
             "epoch": group.prompt.epoch,
+            "process": process,
             "group": number,
             "sample": i,
+            "used": used,
             "seed": group.prompt.seed,
             "prompt_text": text,
             "completion_text": completion_text,
@@ -111,13 +155,53 @@ def _rows(group: Group, number: int, *, step: int) -> list[dict[str, Any]]:
             "logprobs": completion.logprobs,
             "finish_reason": completion.finish_reason,
             "version": completion.version,
+            "experts": None if completion.experts is None else completion.experts.ravel(),
             "answer": _text(group.prompt.columns.get("answer")),
             "reward": _or_none(group.rewards[i]),
             "advantage": _or_none(group.advantages[i]),
-            **{f"rewards/{name}": _or_none(values[i]) for name, values in group.parts.items()},
+            **{_PART + name: _or_none(values[i]) for name, values in group.parts.items()},
         }
         for i, (completion, completion_text) in enumerate(zip(group.completions, group.texts, strict=True))
     ]
+
+
+_PART = "rewards/"
+
+
+def _group(rows: Sequence[Mapping[str, Any]], experts: Sequence[int] | None) -> Group:
+    """What `_rows` wrote; the prompt's text in place of its messages, and without its columns, which only rewards
+    read."""
+    first = rows[0]
+    return Group(
+        prompt=Prompt(
+            index=first["prompt_index"],
+            epoch=first["epoch"],
+            seed=first["seed"],
+            content=first["prompt_text"],
+            ids=first["prompt_ids"],
+            columns={"answer": first["answer"]},
+        ),
+        completions=[
+            Completion(
+                ids=row["completion_ids"],
+                logprobs=row["logprobs"],
+                finish_reason=row["finish_reason"],
+                version=row["version"],
+                experts=None if experts is None else np.array(row["experts"], dtype=np.int16).reshape(-1, *experts),
+            )
+            for row in rows
+        ],
+        texts=[row["completion_text"] for row in rows],
+        parts={name.removeprefix(_PART): [_or_nan(r[name]) for r in rows] for name in first if name.startswith(_PART)},
+        rewards=[_or_nan(row["reward"]) for row in rows],
+        advantages=[_or_nan(row["advantage"]) for row in rows],
+    )
+
+
+def _experts_shape(groups: Sequence[Group]) -> list[int] | None:
+    """(MoE layers, K) of the recorded experts."""
+    recorded = groups[0].completions[0].experts if groups else None
+    return None if recorded is None else list(recorded.shape[1:])
 
 
 def _text(value: Any) -> str | None:
@@ -126,6 +210,10 @@ def _text(value: Any) -> str | None:
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _nanmean(values: Sequence[float]) -> float:

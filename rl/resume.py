@@ -1,20 +1,35 @@
 """A run in progress -> files in a checkpoint folder, and back, bit for bit.
 
-Data order and samples are functions of (seed, step), so besides weights and optimizer there is nothing to keep but
-the step, the generators' states, and the reference if it has been replaced.
+Data order and samples are functions of the seed and a cursor, so besides weights and optimizer there is little to
+keep: how far the run is, what its curriculum has seen, the generators' states, and the reference if it has been
+replaced.
 """
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from rl.curriculum import Curriculum
 from rl.policy import Policy
 from rl.update import Optimizer
 from runtime.state import load_state, rng_state, save_state, set_rng_state
 from runtime.weights import checkpoint_tensors, checkpoint_views
 
 
-def save_training_state(folder: Path, policy: Policy, optimizer: Optimizer, *, step: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Steps done."""
+    cursor: int = 0
+    """Draws of the data's order that are used up."""
+
+
+def save_training_state(
+    folder: Path, policy: Policy, optimizer: Optimizer, curriculum: Curriculum, progress: Progress
+) -> None:
     """Everything `load_training_state` needs. With full training the folder also loads as a checkpoint."""
     if policy.config.lora is None:
         policy.save_pretrained(folder)
@@ -23,16 +38,20 @@ def save_training_state(folder: Path, policy: Policy, optimizer: Optimizer, *, s
     if policy.reference is not None:
         save_state(folder, "reference", dict(checkpoint_tensors(policy.reference)))
     save_state(folder, "optimizer", optimizer.adamw.state_dict())
-    save_state(
-        folder,
-        "trainer",
-        {"step": step, "updates": optimizer.updates, "skipped": optimizer.skipped, "rng": rng_state()},
-    )
+    trainer = {"updates": optimizer.updates, "skipped": optimizer.skipped, "rng": rng_state()}
+    save_state(folder, "trainer", trainer | {"progress": asdict(progress), "curriculum": curriculum.state()})
+
+
+def checkpoint_bytes(policy: Policy) -> int:
+    """About what a checkpoint takes: weights, two moments of each trained one, and the reference if there is one."""
+    weights = sum(tensor.numel() * tensor.element_size() for _, tensor in checkpoint_tensors(policy.model))
+    trained = sum(p.numel() * p.element_size() for p in policy.model.parameters() if p.requires_grad)
+    return weights * (2 if policy.reference is not None else 1) + 2 * trained
 
 
 @torch.no_grad()
-def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer) -> int:
-    """Put everything back in place; returns the number of steps done.
+def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer, curriculum: Curriculum) -> Progress:
+    """Put everything back in place; returns how far the run is.
 
     The policy must have been loaded from this folder, or with LoRA from the run's base model.
     """
@@ -48,4 +67,5 @@ def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer) -> i
     trainer = load_state(folder, "trainer")
     optimizer.updates, optimizer.skipped = trainer["updates"], trainer["skipped"]
     set_rng_state(trainer["rng"])
-    return int(trainer["step"])
+    curriculum.load(trainer["curriculum"])
+    return Progress(**trainer["progress"])

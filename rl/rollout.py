@@ -1,11 +1,13 @@
 """Prompts -> groups of sampled completions, and groups -> groups with rewards and advantages."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rewards.overlong import overlong_punishment
 from rl.advantage import group_advantages
 from rl.score import Scorer, Scores
 from rl.types import Group, Prompt
@@ -65,9 +67,23 @@ def score(groups: Sequence[Group], scorer: Scorer, *, step: int = 0) -> Scores:
     return scores
 
 
-def set_advantages(groups: Sequence[Group], *, scale_by_std: bool) -> None:
+def set_advantages(groups: Sequence[Group], kind: str = "grpo") -> None:
     """Compare each group's rewards with each other, in place."""
     rewards_PG = torch.tensor([group.rewards for group in groups], dtype=torch.float64)
-    advantages_PG = group_advantages(rewards_PG, scale_by_std=scale_by_std)
+    advantages_PG = group_advantages(rewards_PG, kind)
     for group, advantages in zip(groups, advantages_PG.tolist(), strict=True):
         group.advantages = advantages
+
+
+def punish_overlong(groups: Sequence[Group], *, max_tokens: int, buffer: int) -> None:
+    """Add DAPO's punishment of long completions to the rewards, in place, as the part "overlong"."""
+    for group in groups:
+        lengths = [len(completion.ids) for completion in group.completions]
+        part = [overlong_punishment(length, max_tokens=max_tokens, buffer=buffer) for length in lengths]
+        group.parts["overlong"] = part
+        group.rewards = [reward + punishment for reward, punishment in zip(group.rewards, part, strict=True)]
+
+
+def teaches(group: Group) -> bool:
+    """Whether any completion of a group with advantages is better than another."""
+    return any(advantage != 0 and not math.isnan(advantage) for advantage in group.advantages)

@@ -1,41 +1,48 @@
 """GRPO: prompts -> rollout -> score -> advantage -> update -> sync, step after step (arXiv 2402.03300, algorithm 1).
 
 `train(config)` builds the parts and calls the loop; the loop is `Run.step`. What each word in it means is in the
-file of that name. Left out: asynchronous rollouts, and engines on other machines.
+file of that name. A step's rollout is on disk before it is trained on, so a run that is killed takes it from there.
+Left out: asynchronous rollouts, and engines on other machines.
 """
 
 import contextlib
 import dataclasses
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rl.config import GRPOConfig
+from rl.curriculum import Curriculum
+from rl.engine import Engine
 from rl.evaluate import Evaluation, evaluate
 from rl.policy import Policy
 from rl.prompts import PromptSource, make_source
-from rl.record import evaluation_metrics, rollout_metrics, write_rollout
-from rl.resume import load_training_state, save_training_state
-from rl.rollout import rollout, score, set_advantages, stop_token_ids
+from rl.record import evaluation_metrics, read_rollout, rollout_metrics, write_rollout
+from rl.resume import Progress, checkpoint_bytes, load_training_state, save_training_state
+from rl.rollout import punish_overlong, score, set_advantages, teaches
 from rl.score import Scorer
+from rl.types import Group, Rollout
 from rl.update import Optimizer, update
 from runtime.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
 from runtime.distributed import World
 from runtime.errors import UserError
+from runtime.failpoints import failpoint
+from runtime.files import write_durably
 from runtime.interrupt import Interrupt
 from runtime.metrics import MetricsLog
-from runtime.models import load_causal_lm
 from runtime.progress import StepTracker, track_steps
 from runtime.report import write_report
 from runtime.rows import load_rows
-from runtime.run_folder import RunFolder, open_run
-from runtime.weights import checkpoint_tensors
-from sampling.attest import SyncReport, make_canary, sync
-from sampling.backend import CANARY_TOKENS, make_sampler
-from sampling.protocol import Sampler, SamplingParams
+from runtime.run_folder import RunFolder, check_space, open_run
+from runtime.watchdog import Watchdog
+from sampling.attest import SyncReport
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +51,10 @@ RewardFunctions = Mapping[str | Callable[..., Any], float]
 EVALUATION_SEED = 0x5EED
 """Held-out samples use their own seed, the same at every evaluation: what changes is the policy."""
 
-MAY_CHANGE_ON_RESUME = ("steps", "report_to", "checkpoint", "evaluation", "reward_time_limit")
+MAY_CHANGE_ON_RESUME = (
+    *("steps", "report_to", "checkpoint", "evaluation", "reward_time_limit"),
+    *("sampling.process", "sampling.time_limit", "sampling.max_restarts"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,10 @@ class Result:
     """Steps done, in all attempts."""
     exit_code: int
     """0, or 128 + signal when the run was told to leave and did so after saving."""
+
+
+Timer = defaultdict[str, float]
+"""Seconds by phase; 0 for one that didn't run."""
 
 
 def train(
@@ -86,11 +100,14 @@ def train(
         paid: Mapping[Any, float] = config.rewards if rewards is None else rewards
         scorer = stack.enter_context(Scorer(paid, time_limit=config.reward_time_limit))
         examiner = stack.enter_context(Scorer({"accuracy": 1.0, "format": 0.0}))
-        checkpoint = latest_checkpoint(folder.checkpoints_dir) if folder.resumed else None
+        found = [latest_checkpoint(folder.checkpoints_dir) if folder.resumed else None] if world.is_main else []
+        checkpoint = world.gather(found)[0]
         model = _model_path(config, world, checkpoint, named_models or {})
         # Only from here on is there something to save; before, a signal just ends the process.
         interrupt = stack.enter_context(Interrupt())
-        run = Run(config, world, folder, scorer, examiner, interrupt, model=model, checkpoint=checkpoint)
+        limit = config.checkpoint.watchdog if world.is_main else 0
+        watchdog = stack.enter_context(Watchdog(folder.path, limit))
+        run = Run(config, world, folder, scorer, examiner, interrupt, watchdog, model=model, checkpoint=checkpoint)
         stack.callback(run.close)
         return run.train()
 
@@ -106,70 +123,61 @@ class Run:
         scorer: Scorer,
         examiner: Scorer,
         interrupt: Interrupt,
+        watchdog: Watchdog,
         *,
         model: Path | str,
         checkpoint: Path | None,
     ) -> None:
         """model: what to load. checkpoint: what to resume from, if anything."""
-        self.config, self.world, self.folder, self.interrupt = config, world, folder, interrupt
-        self.scorer, self.examiner = scorer, examiner
+        self.config, self.world, self.folder = config, world, folder
+        self.scorer, self.examiner, self.interrupt, self.watchdog = scorer, examiner, interrupt, watchdog
         self.policy = Policy(config, world, model)
         self.prompts = self._source(config.data, seed=config.seed)
         self.held_out = self._held_out()
         self.optimizer = Optimizer(self.policy.model, config)
-        self.done = 0
-        """Steps done; also the version of the weights."""
+        self.curriculum = Curriculum(config.curriculum, group_size=config.group_size)
+        self.progress = Progress()
         if checkpoint is not None:
-            self.done = load_training_state(checkpoint, self.policy, self.optimizer)
+            self.progress = load_training_state(checkpoint, self.policy, self.optimizer, self.curriculum)
             log.info("resuming from %s", checkpoint)
-        self.sampler: Sampler = make_sampler(
-            # Samplers know no adapters: they are sent merged weights.
-            self.policy.causal_lm if config.lora is None else load_causal_lm(model),
-            backend=config.sampling.backend,
-            dtype=config.sampling.dtype,
-            max_model_len=config.sampling.max_prompt_tokens + config.sampling.max_tokens,
-            seed=config.seed,
-            processes=world.size,
-        )
-        self.synced: SyncReport | None = None
-        self.canary = make_canary(
-            self.policy.causal_lm.config.vocab_size,
-            text=[i for prompt in self.prompts.first(16) for i in prompt.ids],
-            dtype="bfloat16" if config.precision == "bf16" else self.sampler.dtype,
-            length=CANARY_TOKENS,
-        )
-        self.params = SamplingParams(
-            n=config.group_size,
-            max_tokens=config.sampling.max_tokens,
-            temperature=config.sampling.temperature,
-            stop_token_ids=stop_token_ids(self.policy.tokenizer, self.policy.causal_lm),
-        )
+        elif world.is_main:
+            check_space(folder.path, (config.checkpoint.keep + 2) * checkpoint_bytes(self.policy))
+        self.saved = -1 if checkpoint is None else self.done
+        text = [i for prompt in self.prompts.first(16) for i in prompt.ids]
+        self.engine = Engine(config, world, self.policy, model=model, text=text)
         self.metrics = self._metrics_log() if world.is_main else None
+
+    @property
+    def done(self) -> int:
+        """Steps done; also the version of the weights."""
+        return self.progress.step
 
     def train(self) -> Result:
         """The run: evaluate, step after step, evaluate, save."""
         before = after = None
-        self.sync()
-        if self.done == 0:
-            before = self.evaluate(self.config.evaluation.problems)
-            self.record(0, {} if before is None else evaluation_metrics(before))
         with self._tracker() as tracker:
-            while self.done < self.config.steps and not self.interrupt.requested:
+            self.sync(tracker)
+            if self.done == 0:
+                before = self.evaluate(self.config.evaluation.problems, tracker)
+                self.record(0, {} if before is None else evaluation_metrics(before))
+            while self.done < self.config.steps and not self.told_to_leave():
                 metrics = self.step(tracker)
                 if metrics is None:
                     break
                 metrics |= self._quick_evaluation(tracker)
                 self.record(self.done, metrics)
+                failpoint("step/recorded")
                 if self.world.is_main:
                     tracker.update(self.done, metrics)
                 every = self.config.checkpoint.every
-                if every and self.done % every == 0 and self.done < self.config.steps:
-                    self.save()
-        self.save()  # also at the end: with more --steps, --resume goes on from here
-        if not self.interrupt.requested:
-            after = self.evaluate(self.config.evaluation.problems)
-            self.record(self.done, {} if after is None else evaluation_metrics(after), last=True)
-            self.save_final()
+                if every and self.done % every == 0:
+                    self.save(tracker)
+            if self.saved != self.done:
+                self.save(tracker)  # also at the end: with more --steps, --resume goes on from here
+            if not self.told_to_leave():
+                after = self.evaluate(self.config.evaluation.problems, tracker)
+                self.record(self.done, {} if after is None else evaluation_metrics(after), last=True)
+                self.save_final(tracker)
         if self.world.is_main:
             write_report(self.folder.path)
         return Result(
@@ -183,100 +191,154 @@ class Run:
     def step(self, tracker: StepTracker) -> dict[str, float] | None:
         """One iteration of algorithm 1. None, with nothing changed, if a signal came before the update."""
         began = time.perf_counter()
-        config = self.config
-        prompts = self.prompts.step(self.done, config.prompts_per_step)[self.world.rank :: self.world.size]
+        config, timer = self.config, Timer(float)
+        rollout = read_rollout(self.folder.rollouts_dir, step=self.done + 1, world=self.world)
+        if replayed := rollout is not None:
+            tracker.log(f"step {self.done + 1}: its rollout is on disk, nothing is sampled anew")
+        else:
+            rollout = self.rollout(tracker, timer)
+        if rollout is None or self.told_to_leave():
+            return None
 
-        with tracker.phase("sampling") as sampling:
-            groups = rollout(self.sampler, prompts, self.params, self.policy.tokenizer)
-        if self.interrupt.requested:
-            return None
-        with tracker.phase("scoring") as scoring:
-            scores = score(groups, self.scorer, step=self.done)
-            set_advantages(groups, scale_by_std=config.loss.scale_by_std)
-        for unknown in scores.unknown[:3]:
-            tracker.log(f"reward unknown: {unknown.reward}, completion {unknown.row}: {unknown.reason}")
-        write_rollout(self.folder.rollouts_dir, groups, step=self.done + 1, world=self.world)
-        if self.interrupt.requested:
-            return None
-        with tracker.phase("updating") as updating:
-            metrics = update(self.policy, groups, self.optimizer)
-        self.done += 1
+        with self.phase(tracker, "updating", "trainer", timer):
+            metrics = update(self.policy, rollout.groups, self.optimizer, on_skip=self._dump_skipped)
+        self.curriculum.observe([*rollout.groups, *rollout.spare], self.world)
+        self.progress = Progress(step=self.done + 1, cursor=rollout.cursor)
         every = config.loss.reference_every
         if config.loss.beta > 0 and every and self.done % every == 0:
             self.policy.replace_reference()
-        with tracker.phase("syncing") as syncing:
-            report = self.sync()
+        failpoint("step/updated")
+        report = self.sync(tracker, timer)
+        failpoint("step/synced")
 
-        metrics |= rollout_metrics(groups, self.world) | scores.metrics
+        metrics |= rollout_metrics([*rollout.groups, *rollout.spare], self.world) | rollout.metrics
         metrics |= {
             "weights/version": float(report.version),
             "weights/canary_mean": report.canary_mean,
             "weights/canary_max": report.canary_max,
-            "time/rollout": sampling.seconds,
-            "time/reward": scoring.seconds,
-            "time/update": updating.seconds,
-            "time/sync": syncing.seconds,
+            "time/rollout": timer["sampling"],
+            "time/reward": timer["scoring"],
+            "time/update": timer["updating"],
+            "time/sync": timer["syncing"],
             "step_time": time.perf_counter() - began,
         }
-        generated = metrics["completions/mean_length"] * config.prompts_per_step * config.group_size
-        metrics["tokens_per_second"] = generated / max(sampling.seconds, 1e-9)
+        if not replayed:
+            generated = self.world.sum(torch.tensor(_tokens([*rollout.groups, *rollout.spare])))
+            metrics["tokens_per_second"] = float(generated) / max(timer["sampling"], 1e-9)
         return metrics
 
-    def sync(self) -> SyncReport:
-        """Hand the policy's weights to the sampler and have it prove that it holds them (design: attested weights)."""
-        self.synced = sync(
-            self.sampler,
-            lambda: checkpoint_tensors(self.policy.model),
-            version=self.done,
-            canary=self.canary,
-            score_trainer=self.policy.score,
-            previous=self.synced,
-        )
-        return self.synced
+    def rollout(self, tracker: StepTracker, timer: Timer) -> Rollout | None:
+        """Sample and score groups for the next step, those that teach nothing again if `dynamic_sampling` says so, and
+        put them on disk. None if a signal came."""
+        config, cursor = self.config, self.progress.cursor
+        wanted = config.prompts_per_step // self.world.size
+        groups: list[Group] = []
+        drawn = 0
+        logged: dict[str, float] = {}
+        for attempt in range(1 + config.dynamic_sampling.max_rounds):
+            missing = self.world.gather([wanted - sum(map(teaches, groups)) if attempt else wanted])
+            if not any(missing):
+                break
+            prompts, cursor = self.prompts.draw(cursor, sum(missing), self.curriculum)
+            drawn += len(prompts)
+            own = [prompt for prompt, rank in zip(prompts, deal(missing), strict=True) if rank == self.world.rank]
+            with self.phase(tracker, "sampling", self.engine.name, timer):
+                new = self.engine.rollout(own)
+            failpoint("step/sampled")
+            if self.told_to_leave():
+                return None
+            with self.phase(tracker, "scoring", "reward workers", timer):
+                logged |= self.score(new, tracker)
+            groups += new
+            failpoint("step/scored")
+        # Of those that teach nothing, as many as are needed to fill the step.
+        order = sorted(groups, key=lambda group: not teaches(group)) if len(groups) > wanted else groups
+        rollout = Rollout(groups=order[:wanted], spare=order[wanted:], cursor=cursor, metrics=logged)
+        if config.dynamic_sampling.max_rounds:
+            rollout.metrics.update(self._accounts(rollout, drawn))
+        if self.engine.restarts:
+            rollout.metrics["sampling/restarts"] = float(self.engine.restarts)
+        write_rollout(self.folder.rollouts_dir, rollout, step=self.done + 1, world=self.world)
+        failpoint("step/rollout-written")
+        return rollout
 
-    def evaluate(self, problems: int) -> Evaluation | None:
+    def score(self, groups: Sequence[Group], tracker: StepTracker) -> dict[str, float]:
+        """Rewards and advantages, in place; returns what reward functions logged."""
+        config = self.config
+        scores = score(groups, self.scorer, step=self.done)
+        if config.overlong_buffer:
+            punish_overlong(groups, max_tokens=config.sampling.max_tokens, buffer=config.overlong_buffer)
+        set_advantages(groups, config.loss.advantage)
+        for unknown in scores.unknown[:3]:
+            tracker.log(f"reward unknown: {unknown.reward}, completion {unknown.row}: {unknown.reason}")
+        return scores.metrics
+
+    def sync(self, tracker: StepTracker, timer: Timer | None = None) -> SyncReport:
+        """The sampler gets the policy's weights and proves it."""
+        with self.phase(tracker, "syncing", self.engine.name, timer):
+            return self.engine.sync(self.done)
+
+    def evaluate(self, problems: int, tracker: StepTracker) -> Evaluation | None:
         """Sampled accuracy on the first held-out problems, one completion each; every process does the same."""
-        if self.held_out is None:
+        held_out = self.held_out
+        if held_out is None:
             return None
-        return evaluate(
-            self.sampler,
-            self.held_out.first(problems),
-            dataclasses.replace(self.params, n=1),
-            self.policy.tokenizer,
-            self.examiner,
-        )
+        params, tokenizer = dataclasses.replace(self.engine.params, n=1, record_experts=False), self.policy.tokenizer
+        with self.phase(tracker, "evaluating", self.engine.name):
+            return self.engine.use(
+                lambda sampler: evaluate(sampler, held_out.first(problems), params, tokenizer, self.examiner)
+            )
+
+    def told_to_leave(self) -> bool:
+        """Whether a signal reached any of the processes: all leave at the same point."""
+        return any(self.world.gather([self.interrupt.requested]))
+
+    @contextlib.contextmanager
+    def phase(self, tracker: StepTracker, name: str, component: str, timer: Timer | None = None) -> Iterator[None]:
+        """What is going on, for whoever looks, for the watchdog, and for the step's times."""
+        with tracker.phase(name) as phase, self.watchdog.phase(name, component=component):
+            yield
+        if timer is not None:
+            timer[name] += phase.seconds
 
     def record(self, step: int, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """Append to metrics.jsonl and the trackers. The closing evaluation is a line of its own."""
         if self.metrics is not None and metrics:
             self.metrics.log(step, {**metrics, "final": True} if last else metrics)
 
-    def save(self) -> None:
+    def save(self, tracker: StepTracker) -> None:
         """A checkpoint to resume from."""
-        if self.world.is_main:
-            save_checkpoint(
-                self.folder.checkpoints_dir,
-                f"step-{self.done:06d}",
-                lambda path: save_training_state(path, self.policy, self.optimizer, step=self.done),
-                info={"step": self.done, "updates": self.optimizer.updates},
-            )
-            prune_checkpoints(self.folder.checkpoints_dir, self.config.checkpoint.keep)
-        self.world.wait()
+        with self.phase(tracker, "saving", "disk"):
+            if self.world.is_main:
+                assert self.metrics is not None
+                self.metrics.sync()  # lines of steps that no resume will write again
+                save_checkpoint(
+                    self.folder.checkpoints_dir,
+                    f"step-{self.done:06d}",
+                    lambda path: save_training_state(
+                        path, self.policy, self.optimizer, self.curriculum, self.progress
+                    ),
+                    info={"step": self.done, "updates": self.optimizer.updates},
+                )  # fmt: skip
+                prune_checkpoints(self.folder.checkpoints_dir, self.config.checkpoint.keep)
+            self.world.wait()
+        self.saved = self.done
 
-    def save_final(self) -> None:
+    def save_final(self, tracker: StepTracker) -> None:
         """checkpoints/final: what transformers and vLLM load as it is."""
-        if self.world.is_main:
-            save_checkpoint(
-                self.folder.checkpoints_dir,
-                "final",
-                self.policy.save_pretrained,
-                info={"step": self.done, "updates": self.optimizer.updates},
-            )
-        self.world.wait()
+        with self.phase(tracker, "saving", "disk"):
+            if self.world.is_main:
+                save_checkpoint(
+                    self.folder.checkpoints_dir,
+                    "final",
+                    self.policy.save_pretrained,
+                    info={"step": self.done, "updates": self.optimizer.updates},
+                )
+            self.world.wait()
 
     def close(self) -> None:
         """Free the sampler and the log."""
-        self.sampler.close()
+        self.engine.close()
         if self.metrics is not None:
             self.metrics.close()
 
@@ -289,19 +351,48 @@ class Run:
             config=dataclasses.asdict(self.config),
         )
         if self.folder.resumed:
-            metrics.truncate_after(self.done if self.done else -1)
-            for path in self.folder.rollouts_dir.glob("step-*.parquet"):
-                if int(path.stem.removeprefix("step-")) > self.done:
-                    path.unlink()
+            # A closing evaluation is repeated, too.
+            last = "final" if self.done >= self.config.steps else None
+            metrics.truncate_after(self.done if self.done else -1, with_key=last)
         return metrics
 
     def _quick_evaluation(self, tracker: StepTracker) -> dict[str, float]:
         every = self.config.evaluation.every
         if not every or self.done % every or self.done == self.config.steps:
             return {}
-        with tracker.phase("evaluating"):
-            evaluation = self.evaluate(self.config.evaluation.quick_problems)
+        evaluation = self.evaluate(self.config.evaluation.quick_problems, tracker)
         return {} if evaluation is None else evaluation_metrics(evaluation)
+
+    def _accounts(self, rollout: Rollout, drawn: int) -> dict[str, float]:
+        """What dynamic sampling cost: every extra sample is counted here, and is in the step's file."""
+        spare, tokens, dull = self.world.sum(
+            torch.tensor([len(rollout.spare), _tokens(rollout.spare), sum(not teaches(g) for g in rollout.groups)])
+        ).tolist()
+        return {
+            "dynamic/extra_groups": float(drawn - self.config.prompts_per_step),
+            "dynamic/spare_groups": float(spare),
+            "dynamic/spare_tokens": float(tokens),
+            "dynamic/unfilled_groups": float(dull),
+        }
+
+    def _dump_skipped(self, groups: Sequence[Group], norm: float) -> None:
+        """Name the completions whose gradient was not finite, in a file of the run folder."""
+        completions = [
+            {
+                "prompt_index": group.prompt.index,
+                "seed": group.prompt.seed,
+                "tokens": [len(completion.ids) for completion in group.completions],
+                "rewards": [repr(reward) for reward in group.rewards],
+                "advantages": [repr(advantage) for advantage in group.advantages],
+            }
+            for group in self.world.gather(list(groups))
+        ]
+        if self.world.is_main:
+            path = self.folder.path / f"skipped-{self.done + 1:06d}.json"
+            write_durably(
+                path, json.dumps({"step": self.done + 1, "grad_norm": repr(norm), "groups": completions}, indent=1)
+            )
+            log.warning("gradient norm %s: no update; %s names the completions", norm, path)
 
     def _source(self, data: str, *, seed: int) -> PromptSource:
         rows = load_rows(data)
@@ -324,6 +415,16 @@ class Run:
         title = f"GRPO {self.folder.path.name}"
         with track_steps(self.config.steps, title, start=self.done, console=_console(self.world.is_main)) as tracker:
             yield tracker
+
+
+def deal(missing: Sequence[int]) -> list[int]:
+    """Whose each prompt is: ranks in turn, each until it has as many as it misses."""
+    turns = [(turn, rank) for rank, count in enumerate(missing) for turn in range(count)]
+    return [rank for _, rank in sorted(turns)]
+
+
+def _tokens(groups: Sequence[Group]) -> int:
+    return sum(len(completion.ids) for group in groups for completion in group.completions)
 
 
 def _open_run(config: GRPOConfig, world: World) -> RunFolder | contextlib.AbstractContextManager[Any]:

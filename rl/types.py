@@ -1,11 +1,13 @@
 """What is handed over between the steps of the loop: Prompt -> Group -> Batch.
 
-Suffixes of tensors: T packed tokens of a batch (prompts and completions), N completions, P prompts, G group size.
+Suffixes of tensors: T packed tokens of a batch, C trained tokens (of completions), N completions, L MoE layers,
+K experts per token.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from runtime.packed import Packed
@@ -47,17 +49,63 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """All that a step samples, scored: what it trains on, and what led there."""
+
+    groups: list[Group]
+    """To be trained on, of this process."""
+    spare: list[Group]
+    """Sampled and not trained on: groups without signal that dynamic sampling replaced."""
+    cursor: int
+    """Where the data goes on behind this step."""
+    metrics: dict[str, float]
+    """What only those who sampled and scored could know, over all processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the update needs of one completion."""
+
+    ids: list[int]
+    """At least one token."""
+    logprobs: list[float]
+    """log π_sampler of each."""
+    advantage: float
+    experts: np.ndarray | None = None
+    """(prompt + ids − 1, MoE layers, K): experts of every token the sampler was fed, if recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Completions that share a prompt."""
+
+    prompt: list[int]
+    samples: list[Sample]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward pass: the prompt once, and each completion without its last token, which predicts
+        nothing."""
+        return len(self.prompt) + sum(len(sample.ids) - 1 for sample in self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Completions packed for the update, each behind its prompt; nothing is padded."""
+    """Families packed for a forward and backward pass; nothing is padded, and a prompt is computed once."""
 
     packed: Packed
-    loss_mask_T: Tensor
-    """True = trained: completion tokens of completions that are not left out."""
-    sequence_T: Tensor
-    """Which of the batch's completions a token belongs to."""
+    """T tokens: each prompt, and after it its completions, every one continuing it."""
+    states_C: Tensor
+    """For each trained token, which of the T tokens predicts it."""
+    targets_C: Tensor
+    """Trained token ids, completions end to end."""
+    sequence_C: Tensor
+    """Which of the batch's N completions a trained token belongs to."""
+    sampler_logprobs_C: Tensor
+    """log π_sampler of the trained tokens."""
     advantages_N: Tensor
     """(N,) fp32."""
     lengths_N: Tensor
-    """(N,) trained tokens per completion."""
-    sampler_logprobs_T: Tensor
-    """log π_sampler of trained tokens, 0 elsewhere."""
+    """(N,) trained tokens of each completion."""
+    experts_LTK: Tensor | None = None
+    """Experts the sampler chose for each of the T tokens in each MoE layer; −1: not recorded."""

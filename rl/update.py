@@ -1,20 +1,24 @@
-"""A scored rollout -> optimizer steps: minibatches × epochs, micro-batches and processes that add up."""
+"""A scored rollout -> optimizer steps: minibatches × epochs, micro-batches and processes that add up.
 
+With one optimizer step a rollout, π_old is π_θ itself and its log-probs come free with the forward pass; otherwise
+they are computed before the first step. The reference is a pass of its own, and only at β > 0.
+"""
+
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from rl.batch import batches, count_known, trainable
+from rl.batch import batches, count_known, count_tokens, trainable
 from rl.config import GRPOConfig
-from rl.loss import grpo_loss
+from rl.gap import check_gap
+from rl.loss import LossInputs, Totals, policy_loss
 from rl.policy import Policy
 from rl.types import Batch, Group
-
-
-class SamplerGap(RuntimeError):
-    """The sampler's log-probs are too far from the trainer's to learn from its samples."""
 
 
 class NonFinite(RuntimeError):
@@ -40,6 +44,7 @@ class Optimizer:
         )
         self.updates = 0
         self.skipped = 0
+        """Updates left out in a row, up to now."""
 
     def learning_rate(self) -> float:
         """Of the next update."""
@@ -56,115 +61,146 @@ class Optimizer:
             self.skipped = 0
         else:
             self.skipped += 1
-            if self.skipped >= MAX_SKIPPED:
-                raise NonFinite(f"gradient norm {norm} in {MAX_SKIPPED} updates in a row: lower optim.lr, or look at "
-                                "the newest rollouts file for what the model was trained on")  # fmt: skip
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
 
-def update(policy: Policy, groups: Sequence[Group], optimizer: Optimizer) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """The groups of one optimizer step."""
+
+    groups: Sequence[Group]
+    batches: list[Batch]
+    """In as many forward and backward passes as memory wants."""
+    totals: Totals
+    """Over all processes."""
+    anything: bool
+    """Whether any process has something to train on."""
+
+
+def update(
+    policy: Policy,
+    groups: Sequence[Group],
+    optimizer: Optimizer,
+    *,
+    on_skip: Callable[[Sequence[Group], float], None] = lambda groups, norm: None,
+) -> dict[str, float]:
     """Take all of a rollout's optimizer steps and return their metrics, over all processes.
 
-    Raises SamplerGap, before any weight changes, when the sampler's log-probs are too far off.
+    on_skip is told of groups whose gradient norm was not finite, and which therefore moved nothing.
+    Raises SamplerGap, before any weight changes, when the sampler's log-probs are too far off, and NonFinite when
+    MAX_SKIPPED updates in a row could not be taken.
     """
     config, world = policy.config, policy.world
-    size = len(groups) // config.optim.minibatches
-    minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
-    prepared = [_batches(policy, minibatch) for minibatch in minibatches]
-    known = [int(world.sum(torch.tensor([count_known(m)]))) for m in minibatches]
+    minibatches = [_minibatch(policy, part) for part in _split(groups, config.optim.minibatches)]
+    flips: list[int] = [0, 0]
+    stored, gap = None, {}
+    if len(minibatches) * config.optim.epochs > 1:
+        stored = [[_old_logprobs(policy, batch) for batch in m.batches] for m in minibatches]
+        pairs = [pair for m, old in zip(minibatches, stored, strict=True) for pair in zip(m.batches, old, strict=True)]
+        gap = check_gap([_inputs(batch, old, old, None) for batch, old in pairs], config, world)
 
-    # With one optimizer step per rollout π_old is π_θ itself: its log-probs come free with the forward pass.
-    on_policy = len(minibatches) * config.optim.epochs == 1
-    stored = None if on_policy else [[_logprobs(policy, b) for b in m] for m in prepared]
-    if stored is not None:
-        _check_gap(policy, [b for m in prepared for b in m], [old for m in stored for old in m])
-
-    sums = torch.zeros(6, dtype=torch.float64)  # loss, tokens, entropy, clipped, kl, grad norm
-    gap = torch.zeros(0)
+    sums = torch.zeros(7, dtype=torch.float64)  # loss, tokens, entropy, held, units, kl, grad norm
     for _ in range(config.optim.epochs):
-        for m, (minibatch, n) in enumerate(zip(prepared, known, strict=True)):
-            olds: list[Tensor] = []
-            for i, batch in enumerate(minibatch):
-                logprobs_T, entropy_T = policy.logprobs(batch.packed, only_T=batch.loss_mask_T)
-                olds.append(logprobs_T.detach() if stored is None else stored[m][i])
-                reference_T = policy.reference_logprobs(batch.packed, only_T=batch.loss_mask_T)
-                parts = grpo_loss(
-                    batch, logprobs_T, olds[-1], reference_T, config=config.loss, num_completions=max(n, 1)
-                )
-                parts.loss.backward()
-                tokens = batch.loss_mask_T.sum()
-                sums[:5] += torch.stack(
-                    [parts.loss.detach(), tokens, entropy_T.sum(), parts.clipped, parts.kl]
-                ).double().cpu()  # fmt: skip
+        for i, minibatch in enumerate(minibatches):
+            seen = []
+            for j, batch in enumerate(minibatch.batches):
+                reference = policy.reference_logprobs(batch)
+                with _experts(policy, batch, flips):
+                    logp, entropy = policy.logprobs(batch)
+                    x = _inputs(batch, logp, logp.detach() if stored is None else stored[i][j], reference)
+                    parts = policy_loss(x, config=config.loss, totals=minibatch.totals)
+                    parts.loss.backward()
+                seen.append(_inputs(batch, x.old, x.old, None))
+                sums[:6] += torch.stack([
+                    parts.loss.detach(), torch.tensor(len(logp)), entropy.sum(), parts.held, torch.tensor(parts.units),
+                    parts.kl,
+                ]).double().cpu()  # fmt: skip
             if stored is None:
-                gap = _check_gap(policy, minibatch, olds)
-            if int(world.sum(torch.tensor([len(minibatch)]))) == 0:
-                continue  # nothing to learn from: momentum alone must not move the weights
+                gap = check_gap(seen, config, world)
+            if not minibatch.anything:
+                continue  # momentum alone must not move the weights
             world.sum_gradients(policy.model)
-            sums[5] += optimizer.step() / world.size
-    if stored is not None:
-        gap = _gaps([b for m in prepared for b in m], [old for m in stored for old in m])
+            norm = optimizer.step()
+            sums[6] += norm / world.size
+            if not math.isfinite(norm):
+                on_skip(minibatch.groups, norm)
+                if optimizer.skipped >= MAX_SKIPPED:
+                    raise NonFinite(
+                        f"gradient norm {norm} in {MAX_SKIPPED} updates in a row: lower optim.lr, or look at what the "
+                        "model was trained on: skipped-*.json in the run folder names the completions"
+                    )
 
-    loss, tokens, entropy, clipped, kl, norm = world.sum(sums).tolist()
+    loss, tokens, entropy_sum, held, units, kl, norms = world.sum(sums).tolist()
     steps = len(minibatches) * config.optim.epochs
     metrics = {
         "loss": loss / steps,
-        "grad_norm": norm / steps,
+        "grad_norm": norms / steps,
         "learning_rate": optimizer.adamw.param_groups[0]["lr"],
-        "entropy": entropy / max(tokens, 1),
-        "clip_ratio/region_mean": clipped / max(tokens, 1),
+        "entropy": entropy_sum / max(tokens, 1),
+        "clip_ratio/region_mean": held / max(units, 1),
         "updates/skipped": float(optimizer.skipped),
-        **_gap_metrics(policy, gap),
+        **gap,
     }
     if config.loss.beta > 0:
-        metrics["kl"] = kl / max(tokens, 1)
+        metrics["kl"] = kl / max(units, 1)
+    if config.sampling.experts != "ignore":
+        flipped, routed = world.sum(torch.tensor(flips, dtype=torch.float64)).tolist()
+        metrics["router/flip_rate"] = flipped / max(routed, 1)
     return metrics
 
 
-def _batches(policy: Policy, groups: Sequence[Group]) -> list[Batch]:
-    samples = trainable(groups, mask_truncated=policy.config.loss.mask_truncated)
-    limit = policy.config.optim.microbatch_tokens
-    return list(batches(samples, max_tokens=limit, device=policy.world.device))
+def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """Neighbours together, in exactly `parts` parts whose sizes differ by at most one."""
+    bounds = [len(groups) * i // parts for i in range(parts + 1)]
+    return [groups[a:b] for a, b in pairwise(bounds)]
+
+
+def _minibatch(policy: Policy, groups: Sequence[Group]) -> Minibatch:
+    config, world = policy.config, policy.world
+    families = trainable(groups, mask_truncated=config.loss.mask_truncated)
+    completions, tokens = world.sum(torch.tensor([count_known(groups), count_tokens(families)])).tolist()
+    limit, share = config.optim.microbatch_tokens, config.optim.share_prompts
+    return Minibatch(
+        groups=groups,
+        batches=list(batches(families, max_tokens=limit, share=share, device=world.device)),
+        totals=Totals(
+            completions=max(completions, 1), tokens=max(tokens, 1), max_tokens=config.sampling.max_tokens
+        ),
+        anything=tokens > 0,
+    )  # fmt: skip
+
+
+def _inputs(batch: Batch, logp: Tensor, old: Tensor, reference: Tensor | None) -> LossInputs:
+    return LossInputs(
+        logp=logp,
+        old=old,
+        sampler=batch.sampler_logprobs_C,
+        reference=reference,
+        sequence=batch.sequence_C,
+        advantages=batch.advantages_N,
+        lengths=batch.lengths_N,
+    )
 
 
 @torch.no_grad()
-def _logprobs(policy: Policy, batch: Batch) -> Tensor:
-    return policy.logprobs(batch.packed, only_T=batch.loss_mask_T)[0]
+def _old_logprobs(policy: Policy, batch: Batch) -> Tensor:
+    with _experts(policy, batch, [0, 0]):
+        return policy.logprobs(batch)[0]
 
 
-def _gaps(minibatch: Sequence[Batch], olds: Sequence[Tensor]) -> Tensor:
-    """log π_trainer − log π_sampler of every trained token, on the CPU."""
-    gaps = [(old - b.sampler_logprobs_T)[b.loss_mask_T].cpu() for b, old in zip(minibatch, olds, strict=True)]
-    return torch.cat(gaps) if gaps else torch.zeros(0)
+@contextlib.contextmanager
+def _experts(policy: Policy, batch: Batch, flips: list[int]) -> Iterator[None]:
+    """The sampler's choice of experts in force or compared with (R3), forward and backward; nothing if unrecorded.
 
+    flips: [choices that differ, choices], added to.
+    """
+    if batch.experts_LTK is None:
+        yield
+        return
+    from deepseek_v3.routing import replayed
 
-def _check_gap(policy: Policy, minibatch: Sequence[Batch], olds: Sequence[Tensor]) -> Tensor:
-    gap = _gaps(minibatch, olds)
-    metrics = _gap_metrics(policy, gap)
-    mean, limit = metrics["sampling/logp_gap/mean"], policy.config.sampling.gap_limit
-    if not mean <= limit:  # a NaN fails too
-        raise SamplerGap(
-            f"sampling.gap_limit={limit}: mean |log π_trainer − log π_sampler| of this rollout is {mean:.3g} nats per "
-            f"token (max {metrics['sampling/logp_gap/max']:.3g}). The sampler and the trainer disagree about the same "
-            "weights: compare sampling.dtype with precision, or use sampling.backend=native; raise the limit only if "
-            "you know why"
-        )
-    return gap
-
-
-def _gap_metrics(policy: Policy, gap: Tensor) -> dict[str, float]:
-    """Mean and max |Δ log-prob|, and the effective share of samples under the importance weights π_old / π_sampler."""
-    world = policy.world
-    weights = gap.double().exp()
-    sums = torch.tensor(
-        [len(gap), float(gap.abs().sum()), float(weights.sum()), float(weights.square().sum())],
-        dtype=torch.float64,
-    )
-    n, total, w, w2 = world.sum(sums).tolist()
-    largest = max(world.gather([float(gap.abs().max()) if len(gap) else 0.0]))
-    return {
-        "sampling/logp_gap/mean": total / max(n, 1),
-        "sampling/logp_gap/max": largest,
-        "sampling/effective_sample_size": w * w / (n * w2) if n and w2 else 1.0,
-    }
+    with replayed(policy.model, batch.experts_LTK, use=policy.config.sampling.experts == "replay") as counted:
+        yield
+    flips[0] += counted.flipped
+    flips[1] += counted.total

@@ -1,8 +1,9 @@
 """A folder of files to a checkpoint that is whole or absent, and back to the newest whole one.
 
 A checkpoint is written aside, fsynced, described by `manifest.json` (size and SHA-256 of every file, plus the
-caller's `info`), renamed into place, and its parent fsynced. SIGKILL at any point leaves the old one or the
-new one. Leaves out what goes into it; runtime/state.py writes tensors and random state without pickle.
+caller's `info`), renamed into place, and its parent fsynced. SIGKILL, a full disk or a power cut at any point leaves
+the old one or the new one; the file `latest` says what must be there. Leaves out what goes into a checkpoint;
+runtime/state.py writes tensors and random state without pickle.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 
 from runtime.errors import CheckpointError
 from runtime.failpoints import failpoint
-from runtime.files import fsync
+from runtime.files import fsync, make_folder, write_durably, writing
 from runtime.state import load_state, rng_state, save_state, set_rng_state
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+LATEST = "latest"  # name of the newest step ever saved: without it, lost checkpoints would look like none yet
 # What a save that died leaves behind: <name>.tmp-<pid> (half-written), <name>.old-<pid> (being replaced).
 LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 STEP = re.compile(r"step-(\d+)")
@@ -49,37 +51,36 @@ def save_checkpoint(
     """Call `write` on a folder aside, then make it `<checkpoints_dir>/<name>` in one step; return that path.
 
     `info` (JSON values: step, seeds, hashes, versions) comes back from `verify_checkpoint`. An existing
-    checkpoint of that name is replaced once the new one is on disk; an error in `write` leaves it as it was.
+    checkpoint of that name is replaced once the new one is on disk; an error in `write` leaves it as it was, and a
+    full or failing disk is a DiskError.
     """
     parent = Path(checkpoints_dir)
-    parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(parent)
     final, aside, old = (parent / f"{name}{end}" for end in ("", f".tmp-{os.getpid()}", f".old-{os.getpid()}"))
     ours = {aside.resolve(), old.resolve()}
-    _writing.update(ours)
     try:
-        aside.mkdir()
-        write(aside)
-        failpoint("checkpoint/after-write")
-        files = _files(aside)
-        for path in files:
-            fsync(path)
-        failpoint("checkpoint/after-fsync")
-        _write_manifest(aside, files, info)
-        failpoint("checkpoint/after-manifest")
-        for folder in sorted({aside, *(p.parent for p in files)}, reverse=True):
-            fsync(folder)
-        if final.exists():
-            final.rename(old)  # a full folder can't be renamed over; _clear_leftovers puts it back if we die here
-            failpoint("checkpoint/between-renames")
-        aside.rename(final)
-        failpoint("checkpoint/after-rename")
-        fsync(parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with writing(final):
+            make_folder(parent)
+            _clear_leftovers(parent)
+            _writing.update(ours)
+            aside.mkdir()
+            failpoint("checkpoint/before-write")
+            write(aside)
+            _make_durable(aside, info)
+            if final.exists():
+                failpoint("checkpoint/before-set-aside")
+                final.rename(old)  # a full folder can't be renamed over; _clear_leftovers puts it back if we die here
+            failpoint("checkpoint/before-rename")
+            aside.rename(final)
+            failpoint("checkpoint/before-fsync-parent")
+            fsync(parent)
+            failpoint("checkpoint/before-remove-old")
+            shutil.rmtree(old, ignore_errors=True)
+            if STEP.fullmatch(name):
+                write_durably(parent / LATEST, f"{name}\n")
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
         if old.exists() and not final.exists():
             old.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
     finally:
         _writing.difference_update(ours)
@@ -89,10 +90,16 @@ def save_checkpoint(
 def verify_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read every byte of a checkpoint, compare with its manifest, and return its `info`.
 
-    Raises CheckpointError naming the first file that is missing, short or changed. Files that are not in the
-    manifest are not looked at.
+    Raises CheckpointError naming the first file that is missing, short, changed or unreadable. Files that are not
+    in the manifest are not looked at.
     """
-    path = Path(path)
+    try:
+        return _verify(Path(path))
+    except OSError as error:  # a bad sector is damage like any other
+        raise CheckpointError(f"{path} can't be read ({error})") from error
+
+
+def _verify(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     manifest = _read_manifest(path)
@@ -111,22 +118,29 @@ def verify_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(checkpoints_dir: str | Path) -> Path | None:
-    """The newest `step-*` that verifies; damaged newer ones are named in a warning. None if there is none.
+    """The newest `step-*` that verifies; damaged or lost newer ones are named in a warning. None if none was saved yet.
 
-    Call it with the run folder's lock held: it removes what saves that died left behind. When there are
-    checkpoints but every one is damaged it raises CheckpointError: starting afresh is for a person to decide.
+    Call it with the run folder's lock held, in one process: it removes what saves that died left behind. When
+    checkpoints were saved but every one is damaged or gone it raises CheckpointError: starting afresh is for a person
+    to decide.
     """
     parent = Path(checkpoints_dir)
     if not parent.is_dir():
         return None
-    _clear_leftovers(parent)
+    _clear_leftovers(parent, locked=True)
     steps = _steps(parent)
+    saved = (parent / LATEST).read_text(errors="replace").strip() if (parent / LATEST).exists() else None
+    if saved and steps and (match := STEP.fullmatch(saved)) and int(match[1]) > _step(steps[-1]):
+        logger.warning("%s was saved and is gone; falling back to the checkpoint before it", parent / saved)
     for path in reversed(steps):
         if _is_whole(path, "falling back to the checkpoint before it"):
             return path
     if steps:
         names = ", ".join(p.name for p in steps)
-        raise CheckpointError(f"{parent}: every checkpoint is damaged ({names}); move them away to start afresh")
+        raise CheckpointError(f"{parent}: every checkpoint is damaged ({names}); to start afresh, give another run_dir")
+    if saved is not None:
+        raise CheckpointError(f"{parent}: {saved} is gone; put it back, or give another run_dir to start afresh")
+    logger.info("%s: no checkpoint was saved yet; starting at the beginning", parent)
     return None
 
 
@@ -148,15 +162,20 @@ def prune_checkpoints(checkpoints_dir: str | Path, keep: int) -> list[Path]:
     for path in deleted:
         # Renamed first: half a deletion must not look like a damaged checkpoint.
         gone = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        failpoint("prune/before-rename")
         path.rename(gone)
+        failpoint("prune/before-remove")
         shutil.rmtree(gone)
     return deleted
 
 
 def _steps(parent: Path) -> list[Path]:
     """`step-*` folders, oldest first."""
-    found = [(int(m[1]), p) for p in parent.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()]
-    return [p for _, p in sorted(found)]
+    return sorted((p for p in parent.iterdir() if STEP.fullmatch(p.name) and p.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _is_whole(path: Path, otherwise: str) -> bool:
@@ -168,8 +187,16 @@ def _is_whole(path: Path, otherwise: str) -> bool:
     return True
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+def _make_durable(folder: Path, info: Mapping[str, Any]) -> None:
+    """Files, then the manifest, then every folder from the inside out: once renamed, nothing can be missing."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:
+        failpoint("checkpoint/before-fsync-file")
+        fsync(path)
+    _write_manifest(folder, files, info)
+    for path in [*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder]:
+        failpoint("checkpoint/before-fsync-folder")
+        fsync(path)
 
 
 def _digests(files: list[Path]) -> list[str]:
@@ -195,7 +222,9 @@ def _write_manifest(folder: Path, files: list[Path], info: Mapping[str, Any]) ->
         "info": json.loads(json.dumps(info)),  # as it will be read: tuples become lists before the seal
     }
     path = folder / MANIFEST
+    failpoint("checkpoint/before-manifest")
     path.write_text(json.dumps({**content, "sha256": _seal(content)}, indent=1), encoding="utf-8")
+    failpoint("checkpoint/before-fsync-manifest")
     fsync(path)
 
 
@@ -212,17 +241,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _clear_leftovers(parent: Path) -> None:
-    """Undo what saves that died left behind; touches nothing of a process that lives."""
+def _clear_leftovers(parent: Path, *, locked: bool = False) -> None:
+    """Undo what saves that died left behind; touches nothing of a process that lives.
+
+    locked: no other process can be saving here, so a live process of that number is another one: in the next
+    container, or since a reboot.
+    """
     for path in parent.iterdir():
         if not (match := LEFTOVER.fullmatch(path.name)) or not path.is_dir() or path.resolve() in _writing:
             continue
         pid = int(match["pid"])
-        if pid != os.getpid() and _alive(pid):
+        if not locked and pid != os.getpid() and _alive(pid):
             continue
         final = parent / match["name"]
         if match["kind"] == "old" and not final.exists():
             logger.warning("%s: put back; a save died while replacing it", final)
+            failpoint("checkpoint/before-put-back")
             path.rename(final)
         else:
             logger.info("%s: removed; left by a save that died", path)

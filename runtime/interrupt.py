@@ -7,18 +7,22 @@ Ctrl-C from the terminal too: that is theirs to handle.
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 1.0
+"""Seconds in which another signal is the same one again: schedulers and launchers both send it to every process."""
 
 
 class Interrupt:
-    """Context manager: `requested` turns True on the first signal; the second acts as without it."""
+    """Context manager: `requested` turns True on the first signal; one more than ECHO later acts as without it."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
         """The signal that came first, if any."""
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     @property
@@ -47,10 +51,11 @@ class Interrupt:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
-            self._restore()
-            signal.raise_signal(signum)
+            if time.monotonic() - self._since > ECHO:
+                self._restore()
+                signal.raise_signal(signum)
             return
-        self.signum = signum
+        self.signum, self._since = signum, time.monotonic()
         # os.write: print() may be interrupted in the middle of itself, and would then raise here.
         name = signal.Signals(signum).name
         os.write(2, f"\n{name}: saving after this step, then leaving; again to stop at once\n".encode())

@@ -21,13 +21,14 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     vocab_size: int,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(head(h_t) / temperature)[target_t] and the entropy of that distribution, both fp32 (T,).
 
     hidden_TD holds the states that predict: the state *before* each target. The entropy carries no gradient.
-    temperature 0 (greedy) is scored at temperature 1.
+    temperature 0 (greedy) is scored at temperature 1. chunk_elements: logits held at a time (CHUNK_ELEMENTS).
     """
+    chunk_elements = CHUNK_ELEMENTS if chunk_elements is None else chunk_elements
     scale = 1.0 / temperature if temperature > 0 else 1.0
 
     def chunk_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

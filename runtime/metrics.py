@@ -1,7 +1,8 @@
 """Numbers of a step to one line of `metrics.jsonl`, and to the trackers named in `report_to`.
 
 The file is the record; trackers are copies, and one that fails is left behind with a warning. Names are the
-caller's (TRL's, by convention). Only one process of a run (rank 0) makes a log.
+caller's (TRL's, by convention). Only one process of a run (rank 0) makes a log. A line survives a kill at once, a
+power cut from `sync` on; a full or failing disk is a DiskError.
 """
 
 import importlib.util
@@ -10,12 +11,14 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from runtime.errors import UserError
-from runtime.files import write_durably
+from runtime.failpoints import failpoint
+from runtime.files import fsync, make_folder, write_all, write_durably, writing
 from runtime.run_folder import flatten
 
 logger = logging.getLogger(__name__)
@@ -48,15 +51,18 @@ class MetricsLog:
         self._waiting = list(dict.fromkeys(report_to))  # started at the first line: only then is its step known
         self._trackers: dict[str, Any] = {}
         self._run_name, self._run_dir, self._config = run_name, Path(run_dir), flatten(config)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_tail(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            make_folder(self.path.parent)
+            _cut_torn_tail(self.path)
+            self._file = self._open()
+            fsync(self.path.parent)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append {"step": step, **metrics}; NaN and infinity are written as null. Flushed on return."""
+        """Append {"step": step, **metrics}; NaN and infinity are written as null. No buffer holds it back."""
         line = {"step": step, **{k: _jsonable(v) for k, v in metrics.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            write_all(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
+        failpoint("metrics/after-line")
         for name in self._waiting:
             self._try(name, lambda name=name: self._start(name, step))
         self._waiting = []
@@ -64,19 +70,29 @@ class MetricsLog:
             numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
             self._try(name, lambda t=tracker, n=numbers: t.log(n, step=step))
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the lines of steps after `step`, which a resumed run will write again; return how many."""
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut: before a checkpoint after which no resume writes them again."""
+        failpoint("metrics/before-fsync")
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+
+    def truncate_after(self, step: int, *, with_key: str | None = None) -> int:
+        """Drop the lines of steps after `step`, which a resumed run will write again; return how many.
+
+        with_key: lines of `step` itself that have this key go too, as they were written after its checkpoint.
+        """
         self._file.close()
         kept, dropped = [], 0
         for text, line in _lines(self.path):
-            if line is not None and line.get("step", -1) > step:
+            at = -1 if line is None else line.get("step", -1)
+            if at > step or (line is not None and at == step and with_key in line):
                 dropped += 1
             else:
                 kept.append(text)
         if dropped:
             write_durably(self.path, b"".join(kept))
             logger.info("%s: dropped %d lines after step %d, to be written again", self.path, dropped, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._open()
         return dropped
 
     def close(self) -> None:
@@ -91,6 +107,10 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _open(self) -> FileIO:
+        # Unbuffered: a line the disk refused must not be written again when the file is closed.
+        return self.path.open("ab", buffering=0)
 
     def _start(self, name: str, step: int) -> None:
         tracker = _tracker(name, step, run_name=self._run_name, run_dir=self._run_dir, config=self._config)

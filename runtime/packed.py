@@ -1,11 +1,11 @@
 """Any causal LM on packed sequences: many samples in one row, none padded, none visible to another.
 
-Our DeepSeek-V3 takes `cu_seqlens` itself. Other transformers models get it through an attention function registered
-under the name "packed", which attends within each sample; without `cu_seqlens` it is transformers' own SDPA.
+Our DeepSeek-V3 takes a `Layout` itself. Other transformers models get it through an attention function registered
+under the name "packed", which attends as the layout says; without one it is transformers' own SDPA.
 """
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,30 +15,35 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from deepseek_v3.attention import packed_attention
+from deepseek_v3.packing import Layout
 from runtime.logprobs import token_logprobs
 
 
 class Packed(NamedTuple):
-    """Samples end to end."""
+    """Segments end to end."""
 
     ids_T: Tensor
     """(T,) token ids."""
-    cu_seqlens: list[int]
-    """[0, ..., T]: where samples begin and end."""
+    layout: Layout
+    """Where segments begin and end, and which continue others."""
+
+    @property
+    def cu_seqlens(self) -> Sequence[int]:
+        """[0, ..., T]"""
+        return self.layout.cu_seqlens
 
     @property
     def positions_T(self) -> Tensor:
         """Position of each token within its sample."""
-        lengths = [b - a for a, b in pairwise(self.cu_seqlens)]
-        return torch.cat([torch.arange(n, device=self.ids_T.device) for n in lengths])
+        return self.layout.positions(self.ids_T.device)
 
 
-def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packed:
-    """Token id lists -> one packed row."""
-    cu_seqlens = [0]
-    for ids in sequences:
-        cu_seqlens.append(cu_seqlens[-1] + len(ids))
-    return Packed(torch.tensor(list(chain.from_iterable(sequences)), device=device), cu_seqlens)
+def pack(
+    sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", *, parents: Sequence[int] | None = None
+) -> Packed:
+    """Token id lists -> one packed row. parents: which of them each continues (see `Layout`)."""
+    ids_T = torch.tensor(list(chain.from_iterable(sequences)), device=device)
+    return Packed(ids_T, Layout([0, *accumulate(map(len, sequences))], parents))
 
 
 def _packed_attention_forward(
@@ -50,21 +55,20 @@ def _packed_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature, (1, heads, T, d) -> (1, T, heads, d), by samples of `cu_seqlens`."""
-    cu_seqlens: list[int] | None = kwargs.pop("cu_seqlens", None)
-    if cu_seqlens is None:
+    """transformers' attention signature, (1, heads, T, d) -> (1, T, heads, d), by the segments of `layout`."""
+    layout: Layout | None = kwargs.pop("layout", None)
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     window = kwargs.get("sliding_window")
-    longest = max(b - a for a, b in pairwise(cu_seqlens))
-    if window is not None and longest > window:
+    if window is not None and layout.longest > window:
         raise ValueError(
-            f"a sample of {longest} tokens is longer than the model's sliding window of {window}: shorten samples"
+            f"a sample of {layout.longest} tokens is longer than the model's sliding window of {window}: shorten it"
         )
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed_attention(q, k, v, cu_seqlens, scale)[None], None
+    return packed_attention(q, k, v, layout, scale)[None], None
 
 
 AttentionInterface.register("packed", _packed_attention_forward)
@@ -86,7 +90,7 @@ def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
     inputs: dict[str, Any] = dict(
         input_ids=packed.ids_T[None],
         position_ids=packed.positions_T[None],
-        cu_seqlens=packed.cu_seqlens,
+        layout=packed.layout,
         use_cache=False,
     )
     if not _is_ours(causal_lm):
@@ -99,6 +103,15 @@ def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
     return causal_lm.base_model(**inputs).last_hidden_state[0]
 
 
+def logprobs_at(
+    model: nn.Module, packed: Packed, states_C: Tensor, targets_C: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log π(target) and entropy, (C,) fp32 each, where `states_C` says which token of the row predicts each target."""
+    head: Any = plain_model(model).get_output_embeddings()
+    hidden_CD = packed_hidden(model, packed)[states_C]
+    return token_logprobs(head, hidden_CD, targets_C, temperature=temperature, vocab_size=head.weight.shape[0])
+
+
 def packed_logprobs(
     model: nn.Module, packed: Packed, *, temperature: float = 1.0, only_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -107,15 +120,13 @@ def packed_logprobs(
     The first token of each sample has no prediction: 0. With `only_T` (True = wanted) just those tokens go through
     the head, and the others are 0.
     """
-    hidden_TD = packed_hidden(model, packed)
+    if packed.layout.parents is not None:
+        raise ValueError("segments that continue others: say with logprobs_at which state predicts which token")
     wanted = torch.ones_like(packed.ids_T, dtype=torch.bool) if only_T is None else only_T.clone()
-    wanted[packed.cu_seqlens[:-1]] = False
+    wanted[list(packed.cu_seqlens[:-1])] = False
     at = wanted.nonzero()[:, 0]
-    head: Any = plain_model(model).get_output_embeddings()
-    logprobs, entropy = token_logprobs(
-        head, hidden_TD[at - 1], packed.ids_T[at], temperature=temperature, vocab_size=head.weight.shape[0]
-    )
-    zeros = hidden_TD.new_zeros(len(wanted), dtype=torch.float32)
+    logprobs, entropy = logprobs_at(model, packed, at - 1, packed.ids_T[at], temperature=temperature)
+    zeros = logprobs.new_zeros(len(wanted))
     return zeros.index_copy(0, at, logprobs), zeros.index_copy(0, at, entropy)
 
 

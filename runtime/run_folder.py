@@ -23,7 +23,7 @@ from typing import Any, Self
 import yaml
 
 from runtime.errors import UserError
-from runtime.files import write_durably
+from runtime.files import make_folder, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def open_run(
     MAY_CHANGE and `may_change` (dotted names; a group's name covers what is in it).
 
     Raises RunFolderError when the folder can't be written, is in use, already holds a run and `resume` is
-    False, or holds a run with other settings.
+    False, or holds a run with other settings or without its checkpoints folder.
     """
     path = Path(run_dir)
     _check_writable(path)
@@ -115,6 +115,10 @@ def open_run(
                 f"{path} already holds a run ({used}); add --resume to go on, or give another --run_dir"
             )
         config = yaml.safe_load(yaml.safe_dump(dict(config)))  # compared as it will be read back
+        if used and not (path / "checkpoints").is_dir():
+            raise RunFolderError(
+                f"{path} holds a run ({used}) whose checkpoints folder is gone; put it back, or give another --run_dir"
+            )
         changed = _compare(path, config, (*MAY_CHANGE, *may_change)) if used else {}
         if used:
             logger.info("%s: going on with the run (%s)", path, used)
@@ -126,16 +130,27 @@ def open_run(
             write_durably(path / "environment.json", _json({**_environment(), "attempts": [_attempt()]}))
         run = RunFolder(path, lock, resumed=bool(used))
         for folder in (run.rollouts_dir, run.checkpoints_dir):
-            folder.mkdir(exist_ok=True)
+            _check_writable(folder)
     except BaseException:
         os.close(lock)
         raise
     return run
 
 
+def check_space(run_dir: str | Path, bytes_needed: int) -> None:
+    """RunFolderError if the disk that holds `run_dir`, which needn't exist yet, has less free than a run needs."""
+    path = Path(run_dir).absolute()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    if free < bytes_needed:
+        raise RunFolderError(
+            f"run_dir={run_dir}: the run needs {bytes_needed / 1e9:.3g} GB there and {free / 1e9:.3g} GB are free; "
+            "free space, keep fewer checkpoints, or give another --run_dir"
+        )
+
+
 def _check_writable(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"x")
     except OSError as error:

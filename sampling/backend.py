@@ -1,13 +1,17 @@
 """A model and a wish ("auto", "vllm", "native") -> a sampler for it; it holds no weights before the first sync."""
 
+import functools
 import importlib.util
 import logging
 import tempfile
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from runtime.errors import UserError
+from sampling.process import ProcessSampler
 from sampling.protocol import Sampler
 
 log = logging.getLogger(__name__)
@@ -26,22 +30,34 @@ def make_sampler(
     max_model_len: int,
     seed: int = 0,
     processes: int = 1,
+    process: bool = False,
+    time_limit: float = 600.0,
+    record_experts: bool = False,
 ) -> Sampler:
     """A sampler for the architecture of `model` (without adapters); "auto" is vLLM where it is installed.
 
     dtype: vLLM's; the native sampler computes in the model's own.
     max_model_len: longest prompt plus completion, tokens; at most what the model's positions allow.
     processes: how many processes the run has. vLLM engines inside several are refused.
+    process: run it in a child process (a `ProcessSampler`), which can hang or crash and be started again.
+    time_limit: seconds one call of that child may take.
+    record_experts: it must be able to say which experts each token was sent to; vLLM can on CUDA only.
     """
     if backend == "auto":
         installed = importlib.util.find_spec("vllm") is not None
-        backend = "vllm" if installed and processes == 1 else "native"
-        why = "" if backend == "vllm" else " (several processes)" if installed else " (vllm is not installed)"
+        recordable = torch.cuda.is_available() or not record_experts
+        backend = "vllm" if installed and processes == 1 and recordable else "native"
+        why = " (vllm is not installed)" if not installed else " (several processes)" if processes > 1 else ""
+        why = why or ("" if recordable else " (vllm records no experts on a CPU)")
         log.info("sampling.backend: %s%s", backend, why)
+    make: Callable[[], Sampler]
     if backend == "native":
-        from sampling.native import NativeSampler
+        if not process:
+            from sampling.native import NativeSampler
 
-        return NativeSampler(model)
+            return NativeSampler(model)
+        make = functools.partial(_native, type(model), model.config, dtype=model.dtype, device=model.device)
+        return ProcessSampler(make, time_limit=time_limit)
     if processes > 1:
         raise UserError(
             f"sampling.backend='vllm': an engine inside each of {processes} processes is not supported; use "
@@ -49,10 +65,26 @@ def make_sampler(
         )
     if importlib.util.find_spec("vllm") is None:
         raise UserError("sampling.backend='vllm': vllm is not installed; use native, or run: make setup")
+    length = min(max(max_model_len, CANARY_TOKENS + 1), model.config.max_position_embeddings)
+    make = functools.partial(
+        _vllm, model.config, dtype=dtype, max_model_len=length, seed=seed, record_experts=record_experts
+    )
+    return ProcessSampler(make, time_limit=time_limit) if process else make()
+
+
+def _native(
+    kind: type[PreTrainedModel], config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device
+) -> Sampler:
+    """Our sampler from an architecture alone, in the process it is to work in."""
+    from sampling.native import NativeSampler
+
+    return NativeSampler(kind._from_config(config, dtype=dtype).to(device))
+
+
+def _vllm(config: PretrainedConfig, **options: Any) -> Sampler:
+    """vLLM from an architecture alone: its weights come by sync."""
     from sampling.vllm_sampler import VLLMSampler
 
-    length = min(max(max_model_len, CANARY_TOKENS + 1), model.config.max_position_embeddings)
-    # The engine needs the architecture only; its weights come by sync.
     with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        return VLLMSampler(folder, dtype=dtype, max_model_len=length, seed=seed)
+        config.save_pretrained(folder)
+        return VLLMSampler(folder, **options)

@@ -7,14 +7,18 @@ which rows it is batched with. Needs no vLLM.
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.decode import GroupDecoder
+from deepseek_v3.routing import has_routers, recorded
 from runtime.packed import score_sequences
 from runtime.weights import checkpoint_views
 from sampling.attest import WeightsMismatch, fingerprint
@@ -31,6 +35,17 @@ class Decoder(Protocol):
 
     def step(self, ids_B: Tensor) -> None: ...
     def keep(self, live_B: Tensor) -> None: ...
+
+
+class Rows(NamedTuple):
+    """What a decoder sampled."""
+
+    ids_BT: Tensor
+    logprobs_BT: Tensor
+    lengths_B: Tensor
+    """Sampled tokens of each row."""
+    fed_S: Tensor
+    """The row of every token fed to the decoder after the prompts, step after step."""
 
 
 class NativeSampler:
@@ -96,6 +111,16 @@ class NativeSampler:
     def _wave(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[list[Completion]]:
+        record = params.record_experts and has_routers(self.model)
+        with recorded(self.model) if record else nullcontext() as choices:
+            rows = self._decode(prompts, params, seeds)
+        experts: list[np.ndarray] | None = None
+        if choices is not None:
+            lengths, fed = rows.lengths_B.tolist(), rows.fed_S.cpu().numpy()
+            experts = experts_by_row(choices.chosen_LTK.cpu().numpy(), prompts, lengths, fed, n=params.n)
+        return self._completions(rows, params, experts)
+
+    def _decode(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]) -> Rows:
         device = self.model.get_input_embeddings().weight.device
         kind = GroupDecoder if isinstance(self.model, DeepseekV3ForCausalLM) else CachedDecoder
         decoder: Decoder = kind(self.model, prompts, n=params.n, max_tokens=params.max_tokens)
@@ -107,6 +132,7 @@ class NativeSampler:
         lengths_B = torch.full((rows,), params.max_tokens, device=device)
         alive_B = torch.arange(rows, device=device)  # which original row each live row is
         finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
+        fed = [alive_B[:0]]
         for t in range(params.max_tokens):
             ids, logprobs = sample_tokens(decoder.logits_BV, params.temperature, uniform_BT[alive_B, t])
             ids_BT[alive_B, t], logprobs_BT[alive_B, t] = ids, logprobs
@@ -120,10 +146,11 @@ class NativeSampler:
                 decoder.keep(~finished_B)
                 ids, alive_B, finished_B = ids[~finished_B], alive_B[~finished_B], finished_B[~finished_B]
             decoder.step(ids)
-        return self._completions(ids_BT, logprobs_BT, lengths_B, params)
+            fed.append(alive_B)
+        return Rows(ids_BT, logprobs_BT, lengths_B, torch.cat(fed))
 
     def _completions(
-        self, ids_BT: Tensor, logprobs_BT: Tensor, lengths_B: Tensor, params: SamplingParams
+        self, rows: Rows, params: SamplingParams, experts: list[np.ndarray] | None
     ) -> list[list[Completion]]:
         stops = set(params.stop_token_ids)
         completions = [
@@ -132,8 +159,11 @@ class NativeSampler:
                 logprobs=logprobs[:length],
                 finish_reason="stop" if ids[length - 1] in stops else "length",
                 version=self.version,
+                experts=None if experts is None else experts[row],
             )
-            for ids, logprobs, length in zip(ids_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True)
+            for row, (ids, logprobs, length) in enumerate(
+                zip(rows.ids_BT.tolist(), rows.logprobs_BT.tolist(), rows.lengths_B.tolist(), strict=True)
+            )
         ]
         return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
 
@@ -187,6 +217,29 @@ class CachedDecoder:
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
+
+
+def experts_by_row(
+    chosen_LTK: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    fed_S: np.ndarray,
+    *,
+    n: int,
+) -> list[np.ndarray]:
+    """Experts as a decoder met them, all prompts and then step by step its live rows -> (prompt + length − 1, L, K) for
+    each row, n rows per prompt. fed_S: the row of each token after the prompts. A row may stay in the batch after
+    its last token; what it was fed then is left out."""
+    chosen_TLK = np.ascontiguousarray(chosen_LTK.transpose(1, 0, 2))
+    *starts, end = accumulate(map(len, prompts), initial=0)
+    shared = np.split(chosen_TLK[:end], starts[1:])
+    order_S = np.argsort(fed_S, kind="stable")  # a row's tokens together, in the order of the steps
+    grown_SLK = chosen_TLK[end:][order_S]
+    first_B = np.searchsorted(fed_S[order_S], np.arange(len(lengths)))
+    return [
+        np.concatenate([shared[row // n], grown_SLK[first : first + length - 1]])
+        for row, (first, length) in enumerate(zip(first_B, lengths, strict=True))
+    ]
 
 
 def row_uniforms(seeds: Sequence[int], n: int, max_tokens: int) -> Tensor:

@@ -5,9 +5,10 @@ why it ended, and the version of the weights that produced it. Text is made late
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 FinishReason = Literal["stop", "length"]
@@ -34,6 +35,8 @@ class SamplingParams:
     """Softmax temperature; 0 is greedy, whose log-probs are those at temperature 1."""
     stop_token_ids: tuple[int, ...] = ()
     """A completion ends with (and includes) the first of these it samples."""
+    record_experts: bool = False
+    """Return which experts each token was sent to; a model without routers of ours has none to return."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -56,6 +59,8 @@ class Completion:
     """"stop": a stop token came. "length": cut at max_tokens."""
     version: int
     """Version of the weights that sampled it."""
+    experts: np.ndarray | None = field(default=None, compare=False, repr=False)  # arrays have no plain ==
+    """int16 (prompt + ids − 1, MoE layers, K): the experts of every token fed to the model, if recorded."""
 
 
 class Sampler(Protocol):

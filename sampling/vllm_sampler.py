@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 
 from sampling import vllm_reload
@@ -37,6 +38,7 @@ class VLLMSampler:
     kv_cache_gib: size of the KV cache (CPU).
     enforce_eager: False compiles the model: a minute more at the start for 10-25 % more tokens a second.
     max_num_seqs: sequences decoded together; more wait their turn.
+    record_experts: let requests ask for the experts of a DeepSeek-V3's tokens (CUDA); other models return none.
     """
 
     def __init__(
@@ -50,11 +52,15 @@ class VLLMSampler:
         enforce_eager: bool = True,
         max_num_seqs: int = 256,
         seed: int = 0,
+        record_experts: bool = False,
     ) -> None:
         config = json.loads((Path(model_dir) / "config.json").read_text())
         self.version = -1
         self.max_model_len = max_model_len
         self.eager = enforce_eager
+        self.record_experts = record_experts
+        ours = config.get("model_type") == "deepseek_v3"
+        self.dense_layers: int | None = config["first_k_dense_replace"] if ours else None
         self._llm: Any = None
         self._cleanup = ExitStack()
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -71,7 +77,11 @@ class VLLMSampler:
             if dtype == "auto":
                 dtype = "float32" if on_cpu and not has_amx() else "bfloat16"
             self.dtype: str = dtype
+            if record_experts and on_cpu:
+                raise ValueError("record_experts=True: on a CPU vLLM returns no experts; use sampling.backend=native")
             options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
+            if record_experts and self.dense_layers is not None:
+                options["enable_return_routed_experts"] = True
             if on_cpu:
                 options = cpu_attention(config, dtype=dtype, while_open=self._cleanup)
                 options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
@@ -110,10 +120,12 @@ class VLLMSampler:
             raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature={params.temperature}: vLLM would raise it to 0.01; use that, or 0 (greedy)")
+        if params.record_experts and not self.record_experts:
+            raise ValueError("record_experts=True: this engine can't; make it by VLLMSampler(..., record_experts=True)")
         self._check(prompts, room=params.max_tokens, what="prompt")
         requests = [self._request(params, seed=_stream_seed(seed, i)) for seed in seeds for i in range(params.n)]
         outputs = self._generate([prompt for prompt in prompts for _ in range(params.n)], requests)
-        completions = [self._completion(output.outputs[0]) for output in outputs]
+        completions = [self._completion(output, record=params.record_experts) for output in outputs]
         return [completions[i : i + params.n] for i in range(0, len(completions), params.n)]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -194,14 +206,20 @@ class VLLMSampler:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _completion(self, output: Any) -> Completion:
+    def _completion(self, request: Any, *, record: bool) -> Completion:
+        (output,) = request.outputs
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a completion with {output.finish_reason!r}")
+        experts = None
+        if record and self.dense_layers is not None:
+            fed = len(request.prompt_token_ids) + len(output.token_ids) - 1
+            experts = moe_experts(output.routed_experts, tokens=fed, dense_layers=self.dense_layers)
         return Completion(
             ids=list(output.token_ids),
             logprobs=list(output.logprobs.logprobs),
             finish_reason=cast(FinishReason, output.finish_reason),
             version=self.version,
+            experts=experts,
         )
 
     def _check(self, prompts: Sequence[Sequence[int]], *, room: int, what: str) -> None:
@@ -215,6 +233,15 @@ class VLLMSampler:
                 )
             if min(prompt) < 0 or max(prompt) >= self.vocab_size:
                 raise ValueError(f"{what} {i}: token ids outside 0..{self.vocab_size - 1}")
+
+
+def moe_experts(routed_TLK: np.ndarray | None, *, tokens: int, dense_layers: int) -> np.ndarray:
+    """vLLM's record of a request, a row for every token it was fed and in it every layer (dense ones hold zeros) ->
+    int16 (tokens, MoE layers, K), as `Completion.experts`."""
+    if routed_TLK is None or len(routed_TLK) != tokens:
+        held = "none" if routed_TLK is None else len(routed_TLK)
+        raise RuntimeError(f"vLLM returned the experts of {held} of {tokens} tokens")
+    return routed_TLK[:, dense_layers:].astype(np.int16)
 
 
 def _stream_seed(seed: int, index: int) -> int:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import deepseek_v3
 from deepseek_v3.attention import RMSNorm, packed_attention
+from deepseek_v3.packing import Layout
 
 
 def ids_of(length: int, rows: int = 2) -> torch.Tensor:
@@ -21,7 +22,7 @@ def test_absorbed_attention_is_naive_attention(make, overrides):
     mla = model.model.layers[1].self_attn
     x = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0))
     cos, sin = model.model.rope(torch.arange(40).expand(2, 40), torch.float32)
-    naive, _ = mla(x.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1), [0, 40, 80])
+    naive, _ = mla(x.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1), Layout([0, 40, 80]))
     causal = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, 40, 40)
     mla.layer_idx = 0
     absorbed = mla.cached(x, cos, sin, DynamicCache(), causal)
@@ -43,7 +44,7 @@ def test_the_naive_form_returns_what_the_cache_would_hold(make):
     x = model.model.embed_tokens(ids)[0]
     cos, sin = model.model.rope(torch.arange(11), torch.float32)
     block = model.model.layers[0]
-    _, (c_kv, k_rope) = block.self_attn(block.input_layernorm(x), cos, sin, [0, 11])
+    _, (c_kv, k_rope) = block.self_attn(block.input_layernorm(x), cos, sin, Layout([0, 11]))
     torch.testing.assert_close(cache.layers[0].keys[0, 0], c_kv)
     torch.testing.assert_close(cache.layers[0].values[0, 0], k_rope)
 
@@ -56,7 +57,7 @@ def test_packed_attention_is_softmax_by_hand(v_size, lengths):
     q, k = torch.randn(2, T, 3, 10, generator=generator)
     v = torch.randn(T, 3, v_size, generator=generator)
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    got = packed_attention(q, k, v, bounds, 0.3)
+    got = packed_attention(q, k, v, Layout(bounds), 0.3)
     assert got.shape == (T, 3, v_size)
     for a, b in pairwise(bounds):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * 0.3

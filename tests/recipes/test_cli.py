@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from recipes.cli import main, parse, to_dict
-from runtime.errors import UserError
+from runtime.errors import EXIT_DISK, UserError
+from runtime.files import writing
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,6 +218,19 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(interrupted) == 130
     with pytest.raises(ValueError, match="a bug"):  # Python itself shows the traceback and exits with 1
         run_main(broken)
+
+
+def test_disk_fault_is_one_line_and_a_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def full_disk(config: Any) -> None:
+        with writing(Path("runs/x/metrics.jsonl")), Path("/dev/full").open("w") as f:
+            f.write("x")
+
+    said = "recipes.test: error: runs/x/metrics.jsonl: No space left on device; free space, then the same command"
+    assert run_main(full_disk) == EXIT_DISK == 74
+    assert capsys.readouterr().err == f"{said} with --resume\n"
+    # A command that can't be resumed isn't told to.
+    assert main(OptimConfig, full_disk, prog="recipes.test", description="A test.", argv=[]) == 74
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_command_prints_no_traceback_for_a_mistake() -> None:

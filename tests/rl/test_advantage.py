@@ -18,9 +18,15 @@ def test_one_right_of_four_by_hand():
     assert got.tolist() == [pytest.approx([0.75 / (0.5 + 1e-4), *[-0.25 / (0.5 + 1e-4)] * 3], rel=1e-12)]
 
 
-def test_without_std_only_the_mean_is_taken_off():
-    got = group_advantages(rewards([1, 0, 0, 0], [3, 1, 1, 3]), scale_by_std=False)
+def test_dr_grpo_takes_off_the_mean_only():
+    got = group_advantages(rewards([1, 0, 0, 0], [3, 1, 1, 3]), "dr_grpo")
     assert got.tolist() == [[0.75, -0.25, -0.25, -0.25], [1, -1, -1, 1]]
+
+
+def test_rloo_takes_off_the_mean_of_the_others():
+    got = group_advantages(rewards([1, 0, 0, 0], [3, 1, NAN, 4]), "rloo")
+    expected = rewards([1, -1 / 3, -1 / 3, -1 / 3], [3 - 5 / 2, 1 - 7 / 2, NAN, 4 - 2])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_groups_do_not_see_each_other():
@@ -48,7 +54,8 @@ def test_equal_rewards_give_exactly_zero_though_their_mean_is_another_number(dty
         for size in (2, 3, 7, 10, 64):
             group = torch.full((1, size), value, dtype=dtype)
             assert group_advantages(group).tolist() == [[0.0] * size]
-            assert group_advantages(group, scale_by_std=False).tolist() == [[0.0] * size]
+            assert group_advantages(group, "dr_grpo").tolist() == [[0.0] * size]
+            assert group_advantages(group, "rloo").tolist() == [[0.0] * size]
 
 
 def test_one_reward_that_differs_from_seven_stays_bounded():

@@ -9,17 +9,26 @@ from safetensors.torch import load_file
 from rl.batch import make_batch
 from rl.config import GRPOConfig, LoraConfig
 from rl.policy import ATTENTION_PROJECTIONS, Policy
+from rl.types import Batch, Family, Sample
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer
-from runtime.packed import pack
 
 SEQUENCES = [[1, 40, 50, 60], [2, 70], [3, 80, 90, 100, 110]]
 
 
 @pytest.fixture
 def batch():
-    return make_batch([([1, 2], [40, 41, 42], [0.0] * 3, 1.0), ([3], [50], [0.0], -1.0)])
+    return batch_of([([1, 2], [40, 41, 42]), ([3], [50])])
+
+
+def batch_of(rows) -> Batch:
+    return make_batch(
+        [
+            Family(prompt=prompt, samples=[Sample(ids=ids, logprobs=[0.0] * len(ids), advantage=1.0)])
+            for prompt, ids in rows
+        ]
+    )
 
 
 def plain(policy: Policy, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -45,13 +54,9 @@ def test_score_is_the_plain_models_at_temperature_1_whatever_the_rollouts(make_p
 def test_logprobs_are_at_the_sampling_temperature(make_policy):
     policy = make_policy(temperature=0.5)
     with torch.no_grad():
-        logprobs_T, entropy_T = policy.logprobs(pack(SEQUENCES))
-    start = 0
-    for ids in SEQUENCES:
-        got = logprobs_T[start + 1 : start + len(ids)]
-        torch.testing.assert_close(got, plain(policy, ids, 0.5), rtol=0, atol=1e-5)
-        assert logprobs_T[start] == entropy_T[start] == 0
-        start += len(ids)
+        logprobs_C, _ = policy.logprobs(batch_of([(ids[:1], ids[1:]) for ids in SEQUENCES]))
+    expected = torch.cat([plain(policy, ids, 0.5) for ids in SEQUENCES])
+    torch.testing.assert_close(logprobs_C, expected, rtol=0, atol=1e-5)
 
 
 def test_a_loaded_policy_is_deterministic_and_ready(make_policy):
@@ -63,18 +68,18 @@ def test_a_loaded_policy_is_deterministic_and_ready(make_policy):
 def test_without_kl_there_is_no_reference(make_policy, batch):
     policy = make_policy(beta=0.0)
     assert policy.reference is None
-    assert policy.reference_logprobs(batch.packed, only_T=batch.loss_mask_T) is None
+    assert policy.reference_logprobs(batch) is None
 
 
 def test_the_reference_stays_until_it_is_replaced(make_policy, batch):
     policy = make_policy(beta=0.04, temperature=0.7)
 
     def reference() -> torch.Tensor:
-        return policy.reference_logprobs(batch.packed, only_T=batch.loss_mask_T)
+        return policy.reference_logprobs(batch)
 
     def current() -> torch.Tensor:
         with torch.no_grad():
-            return policy.logprobs(batch.packed, only_T=batch.loss_mask_T)[0]
+            return policy.logprobs(batch)[0]
 
     first = reference()
     assert torch.equal(first, current())
@@ -92,10 +97,10 @@ def test_the_reference_stays_until_it_is_replaced(make_policy, batch):
 def test_adapters_start_as_nothing_and_come_off_for_the_reference(make_policy, batch):
     policy, base = make_policy(lora=LoraConfig(rank=2), beta=0.04), make_policy()
     assert policy.score(SEQUENCES) == base.score(SEQUENCES)
-    reference = policy.reference_logprobs(batch.packed, only_T=batch.loss_mask_T)
+    reference = policy.reference_logprobs(batch)
     move(policy)
     assert policy.score(SEQUENCES) != base.score(SEQUENCES)
-    assert torch.equal(policy.reference_logprobs(batch.packed, only_T=batch.loss_mask_T), reference)
+    assert torch.equal(policy.reference_logprobs(batch), reference)
     assert policy.score(SEQUENCES) != base.score(SEQUENCES)  # and they are on again
 
 

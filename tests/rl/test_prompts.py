@@ -24,21 +24,21 @@ def draws(prompts) -> list[tuple[int, int, int]]:
 
 
 def test_a_step_is_the_same_whatever_was_drawn_before(source, tokenizer):
-    straight = [draws(source.step(step, 3)) for step in range(10)]
+    straight = [draws(source.draw(3 * step, 3)[0]) for step in range(10)]
     again = source_of(tokenizer, list(source.rows))
     for step in (9, 2, 2, 5):
-        assert draws(again.step(step, 3)) == straight[step]
+        assert draws(again.draw(3 * step, 3)[0]) == straight[step]
 
 
 def test_the_sequence_does_not_depend_on_how_it_is_divided_into_steps(source):
-    by_three = [draw for step in range(14) for draw in draws(source.step(step, 3))]
-    by_seven = [draw for step in range(6) for draw in draws(source.step(step, 7))]
-    by_one = [draw for step in range(42) for draw in draws(source.step(step, 1))]
+    by_three = [draw for step in range(14) for draw in draws(source.draw(3 * step, 3)[0])]
+    by_seven = [draw for step in range(6) for draw in draws(source.draw(7 * step, 7)[0])]
+    by_one = [draw for step in range(42) for draw in draws(source.draw(1 * step, 1)[0])]
     assert by_three == by_seven == by_one
 
 
 def test_every_epoch_has_every_row_once_in_another_order(source):
-    epochs = [draws(source.step(step, 7)) for step in range(4)]
+    epochs = [draws(source.draw(7 * step, 7)[0]) for step in range(4)]
     for number, epoch in enumerate(epochs):
         assert sorted(index for _, index, _ in epoch) == list(range(7))
         assert {e for e, _, _ in epoch} == {number}
@@ -47,11 +47,11 @@ def test_every_epoch_has_every_row_once_in_another_order(source):
 
 def test_another_seed_draws_another_order(source, tokenizer):
     other = source_of(tokenizer, list(source.rows), seed=1)
-    assert [p.index for p in other.step(0, 7)] != [p.index for p in source.step(0, 7)]
+    assert [p.index for p in other.draw(7 * 0, 7)[0]] != [p.index for p in source.draw(7 * 0, 7)[0]]
 
 
 def test_no_two_draws_share_a_seed_though_they_share_a_row(source):
-    seeds = [p.seed for step in range(100) for p in source.step(step, 7)]
+    seeds = [p.seed for step in range(100) for p in source.draw(7 * step, 7)[0]]
     assert len(set(seeds)) == 700
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert len({mix_seed(run, draw) for run in range(50) for draw in range(50)}) == 2500

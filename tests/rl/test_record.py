@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rl.record import evaluation_metrics, rollout_metrics, write_rollout
+from rl.record import evaluation_metrics, read_rollout, rollout_metrics, write_rollout
+from rl.types import Group, Rollout
 from runtime.distributed import World
 
 NAN = float("nan")
@@ -35,6 +37,10 @@ def groups(make_group):
             index=3,
         ),
     ]
+
+
+def rollout_of(groups: list[Group], **changes) -> Rollout:
+    return Rollout(**dict(groups=groups, spare=[], cursor=7, metrics={}) | changes)
 
 
 def test_metrics_by_hand(groups):
@@ -73,9 +79,11 @@ COLUMNS = {
     "step": pa.int64(),
     "prompt_index": pa.int64(),
     "epoch": pa.int64(),
+    "process": pa.int64(),
     "group": pa.int64(),
     "sample": pa.int64(),
     "seed": pa.int64(),
+    "used": pa.bool_(),
     "prompt_text": pa.string(),
     "completion_text": pa.string(),
     "prompt_ids": pa.list_(pa.int64()),
@@ -83,6 +91,7 @@ COLUMNS = {
     "logprobs": pa.list_(pa.float64()),
     "finish_reason": pa.string(),
     "version": pa.int64(),
+    "experts": pa.list_(pa.int16()),
     "answer": pa.string(),
     "reward": pa.float64(),
     "advantage": pa.float64(),
@@ -92,7 +101,7 @@ COLUMNS = {
 
 
 def test_every_completion_comes_back_as_it_was(groups, tmp_path):
-    write_rollout(tmp_path, groups, step=12, world=World())
+    write_rollout(tmp_path, rollout_of(groups), step=12, world=World())
     assert [path.name for path in tmp_path.iterdir()] == ["step-000012.parquet"]  # and nothing left aside
     rows = pq.read_table(tmp_path / "step-000012.parquet").to_pylist()
     assert [list(row) for row in rows] == [list(COLUMNS)] * 4
@@ -100,9 +109,11 @@ def test_every_completion_comes_back_as_it_was(groups, tmp_path):
         "step": 12,
         "prompt_index": 0,
         "epoch": 0,
+        "process": 0,
         "group": 0,
         "sample": 1,
         "seed": 0,
+        "used": True,
         "prompt_text": "question",
         "completion_text": "<think></think>5",
         "prompt_ids": [1, 2, 3],
@@ -110,6 +121,7 @@ def test_every_completion_comes_back_as_it_was(groups, tmp_path):
         "logprobs": [-1.0] * 4,
         "finish_reason": "length",
         "version": 0,
+        "experts": None,
         "answer": "7",
         "reward": 0.0,
         "advantage": -0.7,
@@ -123,6 +135,50 @@ def test_every_completion_comes_back_as_it_was(groups, tmp_path):
         (1, 1, 3),
     ]
     assert (rows[3]["reward"], rows[3]["advantage"], rows[3]["rewards/accuracy"]) == (None, None, None)
+
+
+def test_a_rollout_read_back_is_what_was_written(groups, tmp_path):
+    """What an update reads, to the bit; the float32 log-probs go through float64 and back."""
+    groups[0].completions[0].logprobs[:] = np.random.default_rng(0).normal(size=2).astype(np.float32).tolist()
+    for completion in groups[0].completions:
+        object.__setattr__(completion, "experts", np.arange(12 * len(completion.ids), dtype=np.int16).reshape(-1, 3, 2))
+    for completion in groups[1].completions:
+        object.__setattr__(completion, "experts", np.zeros((len(completion.ids), 3, 2), dtype=np.int16))
+    rollout = rollout_of(groups[:1], spare=groups[1:], metrics={"brevity": 0.1, "strange": NAN})
+    write_rollout(tmp_path, rollout, step=2, world=World())
+    again = read_rollout(tmp_path, step=2, world=World())
+    assert (again.cursor, again.metrics["brevity"]) == (7, 0.1) and math.isnan(again.metrics["strange"])
+    for before, after in ((groups[0], again.groups[0]), (groups[1], again.spare[0])):
+        for name in ("texts", "parts", "rewards", "advantages"):
+            assert repr(getattr(after, name)) == repr(getattr(before, name))  # repr: a NaN is a NaN
+        assert after.completions == before.completions
+        for a, b in zip(after.completions, before.completions, strict=True):
+            assert a.experts.dtype == np.int16 and np.array_equal(a.experts, b.experts)
+        assert (after.prompt.ids, after.prompt.seed) == (before.prompt.ids, before.prompt.seed)
+    assert rollout_metrics(again.groups, World()) == pytest.approx(rollout_metrics(groups[:1], World()))
+
+
+def test_a_step_that_was_not_sampled_has_no_rollout(tmp_path):
+    assert read_rollout(tmp_path, step=2, world=World()) is None
+
+
+def test_a_rollout_of_another_number_of_processes_is_not_taken(groups, tmp_path):
+    write_rollout(tmp_path, rollout_of(groups), step=2, world=World())
+    world = World()
+    world.size = 2
+    assert read_rollout(tmp_path, step=2, world=world) is None
+
+
+@pytest.mark.parametrize("where", [0.3, 0.5, 0.7])
+def test_a_damaged_rollout_is_sampled_anew_and_says_so(groups, tmp_path, caplog, where):
+    groups[0].texts[0] = "".join(map(chr, np.random.default_rng(0).integers(33, 9000, 20_000).tolist()))
+    write_rollout(tmp_path, rollout_of(groups), step=2, world=World())
+    path = tmp_path / "step-000002.parquet"
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 16
+    path.write_bytes(content)
+    assert read_rollout(tmp_path, step=2, world=World()) is None
+    assert "step-000002.parquet is damaged" in caplog.text and "sampled anew" in caplog.text
 
 
 HOSTILE = [
@@ -146,7 +202,7 @@ def test_hostile_text_survives(make_group, tmp_path):
         content=talk,
         columns={"answer": HOSTILE[1]},
     )
-    write_rollout(tmp_path, [group], step=1, world=World())
+    write_rollout(tmp_path, rollout_of([group]), step=1, world=World())
     rows = pq.read_table(tmp_path / "step-000001.parquet").to_pylist()
     assert [row["completion_text"] for row in rows] == HOSTILE
     assert {row["answer"] for row in rows} == {HOSTILE[1]}
@@ -164,7 +220,7 @@ def test_columns_have_the_same_types_in_every_file(make_group, tmp_path, unknown
         parts={"accuracy": [value] * 2, "format": [0.0] * 2},
         columns={} if unknown else {"answer": "1"},
     )
-    write_rollout(tmp_path, [group], step=1, world=World())
+    write_rollout(tmp_path, rollout_of([group]), step=1, world=World())
     schema = pq.read_schema(tmp_path / "step-000001.parquet")
     assert {field.name: field.type for field in schema} == COLUMNS
 

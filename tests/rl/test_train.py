@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import deepseek_v3
 from recipes.tiny import make_tokenizer, tiny_config
 from rl.config import (
     CheckpointConfig,
+    CurriculumConfig,
+    DynamicSamplingConfig,
     EvaluationConfig,
     GRPOConfig,
     LoraConfig,
@@ -27,6 +30,7 @@ from rl.config import (
     SamplingConfig,
 )
 from rl.train import train
+from rl.update import NonFinite
 from runtime.errors import UserError
 from runtime.metrics import read_metrics
 from runtime.weights import checkpoint_tensors
@@ -271,6 +275,134 @@ def test_sampler_settings_reach_the_sampler(config, tmp_path):
     result = go(config, tmp_path / "run", steps=1, sampling=SamplingConfig(backend="native", max_tokens=3))
     rows = pq.read_table(result.run_dir / "rollouts/step-000001.parquet").to_pylist()
     assert max(len(row["completion_ids"]) for row in rows) == 3
+
+
+def seldom():
+    """Equal rewards for two questions of three: their groups teach nothing."""
+
+    def seldom_varied(prompts, completions, **_):
+        tells = [int(prompt.split()[2]) % 3 == 0 for prompt in prompts]
+        return [len(set(text)) / 9 if tell else 0.0 for tell, text in zip(tells, completions, strict=True)]
+
+    return seldom_varied
+
+
+def rollout_rows(run_dir, step) -> list[dict]:
+    return pq.read_table(Path(run_dir) / f"rollouts/step-{step:06d}.parquet").to_pylist()
+
+
+def step_metrics(run_dir) -> list[dict]:
+    return [m for m in read_metrics(Path(run_dir) / "metrics.jsonl") if "reward" in m]
+
+
+def test_dynamic_sampling_replaces_groups_that_teach_nothing_and_accounts_for_them(config, tmp_path):
+    result = go(config, tmp_path / "run", {seldom(): 1.0}, dynamic_sampling=DynamicSamplingConfig(max_rounds=8))
+    taken = []
+    for step, metrics in enumerate(step_metrics(result.run_dir), start=1):
+        rows = rollout_rows(result.run_dir, step)
+        used = {row["prompt_index"] for row in rows if row["used"]}
+        spare = [row for row in rows if not row["used"]]
+        assert len(used) == 2 and all(index % 3 == 0 for index in used)
+        assert all(row["advantage"] == 0 for row in spare)
+        assert metrics["dynamic/spare_groups"] == len(spare) / 4 == metrics["dynamic/extra_groups"]
+        assert metrics["dynamic/spare_tokens"] == sum(len(row["completion_ids"]) for row in spare)
+        assert metrics["dynamic/unfilled_groups"] == 0
+        taken += [row["prompt_index"] for row in rows[::4]]
+    # No prompt is drawn twice within an epoch, and none is passed over.
+    assert sorted(taken[:12]) == list(range(12))
+
+
+def test_when_the_rounds_run_out_a_step_trains_on_what_it_has(config, tmp_path):
+    def equal(completions, **_):
+        return [0.5] * len(completions)
+
+    dynamic = DynamicSamplingConfig(max_rounds=2)
+    result = go(config, tmp_path / "run", {equal: 1.0}, steps=1, dynamic_sampling=dynamic)
+    (metrics,) = step_metrics(result.run_dir)
+    assert (metrics["dynamic/unfilled_groups"], metrics["dynamic/spare_groups"]) == (2, 4)
+    assert len(rollout_rows(result.run_dir, 1)) == 24 and metrics["grad_norm"] == 0
+
+
+def test_resume_is_exact_with_dynamic_sampling_and_a_curriculum(config, tmp_path):
+    changes = dict(
+        dynamic_sampling=DynamicSamplingConfig(max_rounds=2),
+        curriculum=CurriculumConfig(reward="seldom_varied", floor=0.05),
+        checkpoint=CheckpointConfig(every=2),
+    )
+    go(config, tmp_path / "whole", {seldom(): 1.0}, steps=6, **changes)
+    for steps in (1, 4, 6):
+        go(config, tmp_path / "parts", {seldom(): 1.0}, steps=steps, resume=True, **changes)
+    whole, parts = final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for step in range(1, 7):
+        assert rollout_rows(tmp_path / "whole", step) == rollout_rows(tmp_path / "parts", step)
+    drawn = sum(len(rollout_rows(tmp_path / "whole", step)) // 4 for step in range(1, 7))
+    about = json.loads(pq.read_schema(tmp_path / "whole/rollouts/step-000006.parquet").metadata[b"rollout"])
+    assert about["cursor"] > drawn > 12  # the curriculum passed over some, once it knew them
+
+
+def test_a_rollout_on_disk_is_trained_on_and_not_sampled_again(config, tmp_path):
+    """Even one our sampler would never give: what counts is the file."""
+    go(config, tmp_path / "run", steps=2)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
+    (tmp_path / "run/checkpoints/latest").unlink(missing_ok=True)
+    table = pq.read_table(tmp_path / "run/rollouts/step-000002.parquet")
+    swapped = table["advantage"].to_numpy()[::-1].copy()
+    table = table.set_column(table.schema.get_field_index("advantage"), "advantage", [swapped])
+    pq.write_table(table, tmp_path / "run/rollouts/step-000002.parquet")
+    go(config, tmp_path / "run", steps=2, resume=True)
+    assert [row["advantage"] for row in rollout_rows(tmp_path / "run", 2)] == swapped.tolist()
+    go(config, tmp_path / "other", steps=2)
+    one, other = final_weights(tmp_path / "run"), final_weights(tmp_path / "other")
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_overlong_completions_are_punished_in_the_last_tokens(config, tmp_path):
+    result = go(config, tmp_path / "run", steps=1, overlong_buffer=4)
+    for row in rollout_rows(result.run_dir, 1):
+        punishment = -max(len(row["completion_ids"]) - 4, 0) / 4
+        assert row["rewards/overlong"] == punishment
+        assert row["reward"] == pytest.approx(row["rewards/count_vowels"] + punishment)
+    assert step_metrics(result.run_dir)[0]["rewards/overlong/mean"] <= 0
+
+
+@pytest.mark.parametrize("experts", ["compare", "replay"])
+def test_experts_of_the_sampler_are_compared_with_or_replayed(config, tmp_path, experts):
+    sampling = dataclasses.replace(config.sampling, experts=experts)
+    result = go(config, tmp_path / "run", sampling=sampling, loss=LossConfig(beta=0.1))
+    assert [m["router/flip_rate"] for m in step_metrics(result.run_dir)] == [0, 0, 0]  # fp32 on both sides
+    assert all(row["experts"] for row in rollout_rows(result.run_dir, 1))
+    plain = go(config, tmp_path / "plain", loss=LossConfig(beta=0.1))
+    one, other = final_weights(result.run_dir), final_weights(plain.run_dir)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_in_its_own_process_gives_the_same_run(finished, config, tmp_path):
+    result = go(config, tmp_path / "run", sampling=dataclasses.replace(config.sampling, process=True))
+    one, other = final_weights(result.run_dir), final_weights(finished.run_dir)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_names_its_completions(config, tmp_path, monkeypatch):
+    import rl.train
+
+    def poisoned(groups, kind):
+        set_advantages(groups, kind)
+        groups[1].advantages[2] = float("inf")
+
+    set_advantages = rl.train.set_advantages
+    monkeypatch.setattr(rl.train, "set_advantages", poisoned)
+    with pytest.raises(NonFinite, match="3 updates in a row"):
+        go(config, tmp_path / "run")
+    named = [json.loads(path.read_text()) for path in sorted((tmp_path / "run").glob("skipped-*.json"))]
+    assert [content["step"] for content in named] == [1, 2, 3]
+    rows = rollout_rows(tmp_path / "run", 1)
+    assert [group["prompt_index"] for group in named[0]["groups"]] == [rows[0]["prompt_index"], rows[4]["prompt_index"]]
+    assert named[0]["groups"][1]["advantages"][2] == "inf"
+    weights = [load_file(path) for path in (tmp_path / "run").glob("checkpoints/step-*/model.safetensors")]
+    before = load_file(Path(config.model) / "model.safetensors")
+    assert weights and all(torch.equal(saved[name], before[name]) for saved in weights for name in before)
 
 
 @pytest.mark.slow

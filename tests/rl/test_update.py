@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rl.update
+import runtime.logprobs
 from rl.config import GRPOConfig, LoraConfig, LossConfig, OptimConfig
+from rl.gap import SamplerGap
+from rl.loss import OBJECTIVES
 from rl.policy import Policy
 from rl.rollout import set_advantages
 from rl.types import Group, Prompt
-from rl.update import MAX_SKIPPED, NonFinite, Optimizer, SamplerGap, update
+from rl.update import MAX_SKIPPED, NonFinite, Optimizer, update
 from runtime.distributed import World
 from runtime.packed import pack, packed_logprobs
 from sampling.protocol import Completion
@@ -65,7 +68,7 @@ def sampled(policy: Policy, sizes: Sequence[Sequence[int]], *, noise: float = 0.
                 rewards=torch.rand(len(lengths), generator=generator).tolist(),
             )
         )
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     return groups
 
 
@@ -108,6 +111,46 @@ def test_micro_batches_add_up(make_policy):
         assert_same(gradients(divided, groups)[0], whole)
 
 
+@pytest.fixture
+def off_policy(monkeypatch):
+    """π_old as if the policy had moved since: it depends on the token alone, not on where it is packed."""
+
+    def moved(policy: Policy, batch) -> torch.Tensor:
+        with torch.no_grad():
+            logp, _ = policy.logprobs(batch)
+        return logp + 0.3 * torch.sin(batch.targets_C.float() + batch.lengths_N[batch.sequence_C])
+
+    monkeypatch.setattr(rl.update, "_old_logprobs", moved)
+
+
+DIVISIONS = {
+    "a micro-batch a completion": dict(microbatch_tokens=1),
+    "micro-batches": dict(microbatch_tokens=25),
+    "prompts not shared": dict(share_prompts=False),
+    "one by one": dict(microbatch_tokens=1, share_prompts=False),
+}
+
+
+@pytest.mark.parametrize("importance", ["token_truncate", "sequence_mask"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_loss_has_one_gradient_however_it_is_divided(make_policy, off_policy, monkeypatch, objective, importance):
+    """Off-policy, with a moved reference and a sampler that differs; two epochs, so that π_old is stored."""
+    settings = dict(
+        objective=objective, importance=importance, importance_floor=0.0, beta=0.04, gap_limit=9.0, epochs=2
+    )  # fmt: skip
+    policy = make_policy(**settings)
+    groups = sampled(policy, SIZES, noise=0.3)
+    perturb(policy, 0.02)
+    whole, again = gradients(policy, groups)
+    assert_same(again, whole)
+    for division in DIVISIONS.values():
+        divided = make_policy(**settings | division)
+        divided.model, divided.reference = policy.model, policy.reference
+        assert_same(gradients(divided, groups)[0], whole)
+    monkeypatch.setattr(runtime.logprobs, "CHUNK_ELEMENTS", 4 * 512)  # four tokens at a time through the head
+    assert_same(gradients(policy, groups)[0], whole)
+
+
 def test_the_order_of_samples_does_not_matter(make_policy):
     policy = make_policy(microbatch_tokens=25)
     groups = sampled(policy, SIZES)
@@ -116,7 +159,7 @@ def test_the_order_of_samples_does_not_matter(make_policy):
 
 def test_it_is_the_gradient_of_the_equation(make_policy):
     """Written out sample by sample on the model's plain forward pass, at ρ = 1 and cap 0."""
-    policy = make_policy(importance_cap=0.0, temperature=0.7)
+    policy = make_policy(importance="none", temperature=0.7)
     groups = sampled(policy, SIZES)
     policy.model.zero_grad()
     for group in groups:
@@ -135,11 +178,11 @@ def test_an_unknown_row_is_as_if_never_sampled(make_policy):
     groups = sampled(policy, SIZES)
     for group in groups:
         group.rewards[1] = NAN
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     with_unknown = gradients(policy, groups)[0]
     for group in groups:
         del group.completions[1], group.rewards[1], group.texts[1]
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     assert_same(with_unknown, gradients(policy, groups)[0])
 
 
@@ -170,7 +213,7 @@ def test_a_rollout_nobody_could_grade_changes_nothing(make_policy):
     groups = sampled(policy, SIZES)
     for group in groups:
         group.rewards = [NAN] * 3
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     before = weights(policy)
     metrics = update(policy, groups, Optimizer(policy.model, policy.config))
     assert_unchanged(policy, before)
@@ -182,7 +225,7 @@ def test_a_group_that_teaches_nothing_has_no_gradient(make_policy, group):
     policy = make_policy()
     groups = sampled(policy, [[3, 4, 2]])
     groups[0].rewards = [0.35] * 3 if group == "equal rewards" else [NAN, 0.35, NAN]
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     assert all(gradient.abs().max() == 0 for gradient in gradients(policy, groups)[0].values())
 
 
@@ -201,12 +244,12 @@ def ratios(monkeypatch) -> list[float]:
     """The largest |log ρ| of each loss that is computed, in order."""
     seen: list[float] = []
 
-    def spy(batch, logprobs_T, old_T, *args, **kwargs):
-        seen.append(float((logprobs_T - old_T)[batch.loss_mask_T].detach().abs().max()))
-        return grpo_loss(batch, logprobs_T, old_T, *args, **kwargs)
+    def spy(x, **options):
+        seen.append(float(x.log_ratio.detach().abs().max()))
+        return policy_loss(x, **options)
 
-    grpo_loss = rl.update.grpo_loss
-    monkeypatch.setattr(rl.update, "grpo_loss", spy)
+    policy_loss = rl.update.policy_loss
+    monkeypatch.setattr(rl.update, "policy_loss", spy)
     return seen
 
 
@@ -225,12 +268,12 @@ def test_later_minibatches_and_epochs_are_compared_with_the_policy_that_sampled(
 
 
 def test_each_minibatch_has_its_own_n(make_policy):
-    policy = make_policy(minibatches=2, importance_cap=0.0)
+    policy = make_policy(minibatches=2, importance="none")
     groups = sampled(policy, SIZES)
     groups[3].rewards[0] = NAN
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     first, second = gradients(policy, groups)
-    one = make_policy(importance_cap=0.0)
+    one = make_policy(importance="none")
     one.model = policy.model
     assert_same(first, gradients(one, groups[:2])[0])
     assert_same(second, gradients(one, groups[2:])[0])
@@ -358,11 +401,11 @@ def test_under_lora_only_adapters_learn_and_the_reference_is_without_them(make_p
     optimizer, groups = Optimizer(policy.model, policy.config), sampled(policy, SIZES)
     before = weights(policy)
     reference = {}
-    batch = rl.update._batches(policy, groups)[0]
+    batch = rl.update._minibatch(policy, groups).batches[0]
     for step in range(3):
         metrics = update(policy, groups, optimizer)
         assert (metrics["kl"] > 0) == (step > 0)
-        reference[step] = policy.reference_logprobs(batch.packed, only_T=batch.loss_mask_T)
+        reference[step] = policy.reference_logprobs(batch)
     assert torch.equal(reference[0], reference[2])
     changed = {name for name, tensor in weights(policy).items() if not torch.equal(tensor, before[name])}
     assert changed and all("lora_" in name for name in changed)
@@ -395,7 +438,7 @@ def uneven(policy: Policy) -> list[Group]:
     groups = sampled(policy, SIZES, noise=0.05)
     groups[1].rewards = [NAN] * 3
     groups[3].rewards[0] = NAN
-    set_advantages(groups, scale_by_std=True)
+    set_advantages(groups)
     return groups
 
 

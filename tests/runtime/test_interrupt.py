@@ -3,17 +3,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from runtime.interrupt import Interrupt
+from runtime.interrupt import ECHO, Interrupt
 
 ROOT = Path(__file__).parents[2]
 
 LOOP = """
 import sys, time
-from runtime.interrupt import Interrupt
+from runtime.interrupt import ECHO, Interrupt
 
 with Interrupt() as interrupt:
     print("ready", flush=True)
@@ -54,10 +55,19 @@ def test_second_signal_stops_at_once() -> None:
     assert child.stderr is not None
     while "SIGTERM" not in child.stderr.readline():
         pass
+    time.sleep(ECHO + 0.1)
     child.send_signal(signal.SIGTERM)
     out, _ = child.communicate(timeout=20)
     assert out == ""
     assert child.returncode == -signal.SIGTERM
+
+
+def test_launcher_passing_the_same_signal_on_is_no_second_one() -> None:
+    """A scheduler signals every process, and torchrun its workers once more."""
+    with Interrupt() as interrupt:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.exit_code == 128 + signal.SIGTERM
 
 
 def test_leaving_puts_the_handlers_back() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime import metrics as metrics_module
-from runtime.errors import UserError
+from runtime.errors import DiskError, UserError
 from runtime.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,61 @@ def test_truncate_is_all_or_nothing(tmp_path: Path) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_truncate_after_drops_marked_lines_of_the_step_itself(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        for line in ({}, {"final": True}):
+            log.log(2, line)
+        assert log.truncate_after(2) == 0
+        assert log.truncate_after(2, with_key="final") == 1
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 2}]
+
+
+def test_synced_lines_are_on_disk_with_their_folders_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    durable: dict[str, str] = {}
+    fsync = os.fsync
+
+    def recorded(fd: int) -> None:
+        fsync(fd)
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        durable[path.name] = path.read_text() if path.is_file() else " ".join(p.name for p in path.iterdir())
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    with open_log(tmp_path / "run") as log:
+        log.log(1, {"loss": 1.0})
+        log.sync()
+    assert durable["metrics.jsonl"] == '{"step": 1, "loss": 1.0}\n'
+    assert durable["run"] == "metrics.jsonl" and "run" in durable[tmp_path.name]
+
+
+def test_short_write_is_an_error_and_its_torn_line_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code = (
+        "import resource, sys; from pathlib import Path; from runtime.metrics import MetricsLog\n"
+        "folder = Path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))\n"
+        "with MetricsLog(folder / 'metrics.jsonl', run_name='r', run_dir=folder, config={}) as log:\n"
+        "    log.log(1, {})\n"
+        "    log.log(2, {'note': 'x' * 600})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert f"DiskError: {path}: File too large; raise the limit on file sizes" in done.stderr
+    assert path.stat().st_size == 400
+    with caplog.at_level(logging.WARNING), open_log(tmp_path) as log:
+        log.log(2, {})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    assert "cut off a torn last line (388 bytes)" in caplog.text
+
+
+def test_full_disk_is_one_error_and_closing_adds_none(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.log(1, {})
+        with Path("/dev/full").open("w") as full:
+            os.dup2(full.fileno(), log._file.fileno())
+        with pytest.raises(DiskError, match=r"metrics\.jsonl: No space left on device; free space"):
+            log.log(2, {})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_damaged_middle_line_is_kept_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -96,7 +96,7 @@ def test_wanted_tokens_alone_have_the_same_values(model):
 
 def test_samples_do_not_see_each_other(model):
     packed = pack(SAMPLES)
-    other = Packed(packed.ids_T.clone(), packed.cu_seqlens)
+    other = Packed(packed.ids_T.clone(), packed.layout)
     other.ids_T[:5] += 7
     other.ids_T[25:] += 7
     before, after = packed_hidden(model, packed), packed_hidden(model, other)
@@ -139,3 +139,50 @@ def test_adapters_are_part_of_the_policy(make):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     with policy.disable_adapter():
         assert (packed_logprobs(policy, pack(SAMPLES))[0] - got).abs().max() > 1e-2
+
+
+PROMPTS = [[5, 6, 7, 8, 9], [3]]
+COMPLETIONS = [[[1, 2, 3], [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4], [9]], [[11, 12], [13, 14, 15]]]
+
+
+def shared() -> Packed:
+    segments, parents = [], []
+    for prompt, completions in zip(PROMPTS, COMPLETIONS, strict=True):
+        parents += [-1, *[len(segments)] * len(completions)]
+        segments += [prompt, *completions]
+    return pack(segments, parents=parents)
+
+
+def test_completions_that_share_a_prompt_are_as_if_each_had_its_own(model):
+    """Hidden states and every parameter's gradient, whether the prompt is computed once or for each completion."""
+    alone = [prompt + c for prompt, completions in zip(PROMPTS, COMPLETIONS, strict=True) for c in completions]
+    states = packed_hidden(model, shared())
+    parts = iter(states.split([len(s) for p, cs in zip(PROMPTS, COMPLETIONS, strict=True) for s in (p, *cs)]))
+    rows = []
+    for completions in COMPLETIONS:
+        prompt = next(parts)
+        rows += [torch.cat([prompt, next(parts)]) for _ in completions]
+    expected = packed_hidden(model, pack(alone)).split([len(ids) for ids in alone])
+    for row, other in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, other, atol=1e-5, rtol=0)
+    a, b = (gradients(model, torch.cat(r)[:, :7].sin().sum()) for r in (rows, list(expected)))
+    assert a.keys() == b.keys()
+    for name, gradient in b.items():
+        assert (a[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-3), name
+
+
+def test_a_prompt_is_blind_to_its_completions_and_they_to_each_other(model):
+    packed = shared()
+    changed = Packed(packed.ids_T.clone(), packed.layout)
+    changed.ids_T[5:8] += 7  # the first completion
+    before, after = packed_hidden(model, packed), packed_hidden(model, changed)
+    moved = (before - after).abs().amax(1) > 1e-5
+    assert moved.tolist() == [5 <= t < 8 for t in range(len(moved))]
+    changed.ids_T[0] += 7  # the prompt: seen by all of its completions, and by nobody else's
+    moved = (before - packed_hidden(model, changed)).abs().amax(1) > 1e-5
+    assert moved.tolist() == [t < 22 for t in range(len(moved))]
+
+
+def test_shared_rows_need_to_be_told_which_state_predicts_which_token(model):
+    with pytest.raises(ValueError, match="logprobs_at"):
+        packed_logprobs(model, shared())

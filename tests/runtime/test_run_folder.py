@@ -1,16 +1,18 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from runtime.run_folder import RunFolderError, open_run
+from runtime.run_folder import RunFolderError, check_space, open_run
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {"model": "m", "steps": 10, "optim": {"lr": 1e-5, "betas": [0.9, 0.99]}}
@@ -133,6 +135,44 @@ def test_unwritable_folder_is_said_first(tmp_path: Path) -> None:
         open_run(tmp_path / "file" / "run", config=CONFIG, resume=False)
     with pytest.raises(RunFolderError, match="can't be written"):
         open_run("/proc/run", config=CONFIG, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [("ro", "Read-only file system"), ("size=4k", "No space left on device")]
+)
+def test_read_only_and_full_disks_are_said_first(
+    small_disk: Callable[..., list[str]], options: str, reason: str
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from runtime.run_folder import RunFolderError, open_run\n"
+        "folder = Path(sys.argv[1])\n"
+        f"if {options!r} != 'ro': (folder / 'full').write_bytes(bytes(4096))\n"
+        "try: open_run(folder, config={}, resume=True)\n"
+        "except RunFolderError as error: print(str(error).replace(str(folder), 'disk'))"
+    )
+    said = f"run_dir=disk can't be written ({reason}); free it, or give another --run_dir"
+    assert small_disk(code, options) == [said]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "rollouts"])
+def test_folder_inside_that_cannot_be_written_is_said_first(tmp_path: Path, name: str) -> None:
+    (started(tmp_path) / name).rmdir()
+    (tmp_path / name).symlink_to("/proc/self")
+    with pytest.raises(RunFolderError, match=rf"run_dir=.*/{name} can't be written"):
+        open_run(tmp_path, config=CONFIG, resume=True)
+
+
+def test_run_without_its_checkpoints_folder_is_not_started_afresh(tmp_path: Path) -> None:
+    (started(tmp_path) / "checkpoints").rmdir()
+    with pytest.raises(RunFolderError, match=r"holds a run \(metrics\.jsonl\) whose checkpoints folder is gone"):
+        open_run(tmp_path, config=CONFIG, resume=True)
+
+
+def test_too_little_space_names_what_is_needed_and_free(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    check_space(tmp_path / "not" / "yet", free // 2)
+    with pytest.raises(RunFolderError, match=rf"run_dir={tmp_path}/run: the run needs .* GB there and .* GB are free"):
+        check_space(tmp_path / "run", 2 * free)
 
 
 def test_unreadable_saved_config_is_named(tmp_path: Path) -> None:

@@ -1,20 +1,29 @@
 """The native sampler samples from exactly the model's distribution, whatever a row is batched with."""
 
+import copy
 import dataclasses
 import math
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import deepseek_v3
 from deepseek_v3.config import yarn
 from deepseek_v3.decode import GroupDecoder
+from deepseek_v3.moe import Router
+from deepseek_v3.routing import recorded, replayed, set_flips
+from runtime.packed import pack, packed_hidden, packed_logprobs
 from runtime.weights import checkpoint_tensors
 from sampling.attest import SyncReport, WeightsMismatch, make_canary, sync
 from sampling.fingerprint import fingerprint
 from sampling.native import NativeSampler, row_uniforms, sample_tokens
 from sampling.protocol import SamplingParams
+from sampling.vllm_sampler import VLLMSampler, moe_experts
 
 VOCAB = 50
 PROMPTS = [[7, 21, 30, 2], list(range(10, 40)), [5] * 9, [1]]
@@ -420,3 +429,128 @@ def test_completions_are_values(v3_pair):
     answer = sampled(v3_pair)[0][0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         answer.version = 5
+
+
+# Which experts were chosen.
+
+
+@torch.no_grad()
+def trainer_experts(model, sequences):
+    """(tokens, MoE layers, K) of each sequence, from one packed forward."""
+    packed = pack(sequences)
+    with recorded(model) as choices:
+        packed_hidden(model, packed)
+    return [part.transpose(0, 1) for part in choices.chosen_LTK.split(packed.layout.lengths, dim=1)]
+
+
+def flips(model, prompts, groups) -> tuple[int, int]:
+    """Between what the sampler recorded and the trainer's forward on the same tokens."""
+    fed = [prompt + c.ids[:-1] for prompt, group in zip(prompts, groups, strict=True) for c in group]
+    answers = [c for group in groups for c in group]
+    counts = []
+    for theirs, answer in zip(trainer_experts(model, fed), answers, strict=True):
+        assert answer.experts.shape == tuple(theirs.shape)
+        assert answer.experts.dtype == np.int16 and answer.experts.flags.owndata
+        counts.append(set_flips(torch.from_numpy(answer.experts), theirs))
+    return tuple(map(sum, zip(*counts, strict=True)))
+
+
+@pytest.mark.parametrize("name", ["v3_tiny", "v3"])
+def test_recorded_experts_are_those_of_the_trainers_packed_forward(name):
+    pair = Pair(MODELS[name]())
+    pair.sync(1)
+    groups = sampled(pair, record_experts=True)
+    layers = sum(isinstance(module, Router) for module in pair.model.modules())
+    assert flips(pair.model, PROMPTS, groups) == (0, layers * 3 * sum(len(p) + 9 for p in PROMPTS))
+    assert len(np.unique(groups[1][0].experts)) > 3
+    assert groups == sampled(pair)  # recording changes no token
+
+
+def test_experts_stay_with_their_row_when_others_leave_early(v3_pair):
+    free = sampled(v3_pair, n=6, max_tokens=16)
+    stops = tuple(sorted({answer.ids[2] for answer in free[0][:3]}))
+    groups = sampled(v3_pair, n=6, max_tokens=16, stop_token_ids=stops, record_experts=True)
+    assert len({len(answer.ids) for group in groups for answer in group}) > 3
+    assert flips(v3_pair.model, PROMPTS, groups)[0] == 0
+
+
+def test_experts_are_the_same_alone_and_in_any_batch(v3_pair):
+    together = sampled(v3_pair, record_experts=True)
+    waves = NativeSampler(v3_pair.model, max_rows=5)
+    waves.version = 1
+    params = SamplingParams(n=3, max_tokens=10, record_experts=True)
+    apart = waves.sample(PROMPTS, params, seeds=[0, 1, 2, 3])
+    for group, other in zip(together, apart, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert np.array_equal(np.sort(a.experts), np.sort(b.experts))
+
+
+def test_a_completion_of_one_token_has_the_experts_of_its_prompt(v3_pair):
+    groups = sampled(v3_pair, max_tokens=1, record_experts=True)
+    assert [answer.experts.shape for answer in groups[1]] == [(30, 2, 2)] * 3
+    assert flips(v3_pair.model, PROMPTS, groups)[0] == 0
+
+
+def test_a_changed_router_shows_as_flips(v3_pair):
+    groups = sampled(v3_pair, record_experts=True)
+    with torch.no_grad():
+        for module in v3_pair.model.modules():
+            if isinstance(module, Router):
+                module.e_score_correction_bias += 0.05 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    flipped, total = flips(v3_pair.model, PROMPTS, groups)
+    assert 0.01 < flipped / total < 0.9
+
+
+@torch.no_grad()
+def test_replaying_a_bf16_samplers_experts_takes_the_largest_gaps_away(v3_pair):
+    """A token that bfloat16 sends to another expert has another log-prob; what else bfloat16 rounds stays."""
+    rounded = NativeSampler(copy.deepcopy(v3_pair.model).to(torch.bfloat16))
+    rounded.version = 1
+    params = SamplingParams(n=16, max_tokens=16, record_experts=True)
+    groups = rounded.sample(PROMPTS, params, seeds=[0, 1, 2, 3])
+    rows = [(prompt, c) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
+    packed = pack([prompt + c.ids for prompt, c in rows])
+    # The last token of each was never fed to the sampler: it chooses freely.
+    experts_LTK = torch.cat([F.pad(torch.from_numpy(c.experts), (0, 0, 0, 0, 0, 1), value=-1) for _, c in rows])
+    largest = []
+    for use in (False, True):
+        with replayed(v3_pair.model, experts_LTK.transpose(0, 1), use=use) as count:
+            logprobs = packed_logprobs(v3_pair.model, packed)[0].split(packed.layout.lengths)
+        gaps = [row[len(p) :] - torch.tensor(c.logprobs) for row, (p, c) in zip(logprobs, rows, strict=True)]
+        largest.append(float(torch.cat(gaps).abs().max()))
+        assert 0 < count.rate < 0.1
+    assert largest[1] < largest[0] / 2
+
+
+def test_nothing_is_recorded_unasked_or_without_routers(pair):
+    plain = [answer.experts for group in sampled(pair) for answer in group]
+    assert plain == [None] * 12
+    asked = [answer.experts for group in sampled(pair, record_experts=True) for answer in group]
+    has_routers = any(isinstance(module, Router) for module in pair.model.modules())
+    assert all((experts is not None) == has_routers for experts in asked)
+    assert not any(m.on_choice for m in pair.sampler.model.modules() if isinstance(m, Router))
+
+
+# The same from vLLM, whose engine records on CUDA only.
+
+
+def test_vllms_record_has_a_row_per_layer_and_becomes_ours(v3_pair):
+    ours = sampled(v3_pair, record_experts=True)[1][2].experts
+    theirs = np.concatenate([np.zeros_like(ours[:, :1]), ours], axis=1).astype(np.uint8)  # the first layer is dense
+    converted = moe_experts(theirs, tokens=len(ours), dense_layers=1)
+    assert converted.dtype == np.int16 and np.array_equal(converted, ours)
+    for held in (None, theirs[:-1]):
+        with pytest.raises(RuntimeError, match=f"experts of {'none' if held is None else 38} of 39 tokens"):
+            moe_experts(held, tokens=39, dense_layers=1)
+
+
+def test_vllm_on_a_cpu_is_refused_before_an_engine_starts(v3_pair, monkeypatch, tmp_path):
+    v3_pair.model.config.save_pretrained(tmp_path)
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: True)
+    vllm = types.ModuleType("vllm")
+    vllm.LLM = lambda *_, **__: pytest.fail("an engine was made")
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    with pytest.raises(ValueError, match=r"record_experts=True: on a CPU .* sampling\.backend=native"):
+        VLLMSampler(tmp_path, max_model_len=64, record_experts=True)
