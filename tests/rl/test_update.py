@@ -147,7 +147,7 @@ def test_every_loss_has_one_gradient_however_it_is_divided(make_policy, off_poli
         divided = make_policy(**settings | division)
         divided.model, divided.reference = policy.model, policy.reference
         assert_same(gradients(divided, groups)[0], whole)
-    monkeypatch.setattr(runtime.logprobs, "CHUNK_ELEMENTS", 4 * 512)  # four tokens at a time through the head
+    monkeypatch.setitem(runtime.logprobs.CHUNK_ELEMENTS, "cpu", 4 * 512)  # four tokens at a time through the head
     assert_same(gradients(policy, groups)[0], whole)
 
 
@@ -415,21 +415,25 @@ def test_under_lora_only_adapters_learn_and_the_reference_is_without_them(make_p
 
 
 def worker(model: str, out: str) -> None:
-    """What each of the two processes runs: its share of the groups, and the summed gradient to a file."""
+    """What each of the two processes runs: its share of the groups, and the summed gradients of every loss to a file."""
     torch.set_num_threads(1)
-    config = GRPOConfig(
-        model=model,
-        prompts_per_step=4,
-        loss=LossConfig(beta=0.0),
-        optim=OptimConfig(minibatches=2, microbatch_tokens=25),
-    )
     world = World()
-    policy = Policy(config, world)
-    groups = uneven(policy)
-    recorder = Recorder(policy)
-    metrics = update(policy, groups[world.rank :: world.size], recorder)
-    tensors = {f"{i}/{name}": g for i, seen in enumerate(recorder.seen) for name, g in seen.items()}
-    tensors |= {f"metrics/{name}": torch.tensor(value) for name, value in metrics.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for objective in OBJECTIVES:
+        config = GRPOConfig(
+            model=model,
+            prompts_per_step=4,
+            loss=LossConfig(objective=objective, beta=0.04, importance_floor=0.0),
+            optim=OptimConfig(minibatches=2, microbatch_tokens=25),
+        )
+        policy = Policy(config, world)
+        groups = uneven(policy)
+        perturb(policy, 0.005)
+        recorder = Recorder(policy)
+        metrics = update(policy, groups[world.rank :: world.size], recorder)
+        for i, seen in enumerate(recorder.seen):
+            tensors |= {f"{objective}/{i}/{name}": gradient for name, gradient in seen.items()}
+        tensors |= {f"{objective}/{name}": torch.tensor(value) for name, value in metrics.items()}
     save_file(tensors, f"{out}/{world.rank}-of-{world.size}.safetensors")
 
 
@@ -443,7 +447,7 @@ def uneven(policy: Policy) -> list[Group]:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(tiny_folder: Path, tmp_path: Path):
+def test_two_processes_have_the_gradient_of_one_for_every_loss(tiny_folder: Path, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -44,18 +44,59 @@ def test_entropy_of_a_uniform_distribution_is_log_v_and_of_a_certain_one_0():
     torch.testing.assert_close(entropy, torch.tensor([math.log(20), 0.0]), atol=1e-5, rtol=0)
 
 
+def of_whole_logits(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torch's own softmax, on all logits at once."""
+    logp = (head(hidden).float() / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("per_chunk", [1, 4, 13])
-def test_chunks_change_neither_values_nor_gradients(head, per_chunk):
+@pytest.mark.parametrize("kind", ["linear", "any other"])
+def test_chunks_change_neither_values_nor_gradients(head, kind, per_chunk, temperature):
+    def chunked(hidden, targets):
+        given = head if kind == "linear" else lambda hidden: head(hidden)
+        options = dict(temperature=temperature, chunk_elements=20 * per_chunk)
+        return token_logprobs(given, hidden, targets, vocab_size=20, **options)
+
     results = []
-    for elements in (1 << 24, 20 * per_chunk):
+    for work in (lambda *states: of_whole_logits(head, *states, temperature), chunked):
         hidden, targets = states()
         head.zero_grad()
-        logprobs, entropy = token_logprobs(head, hidden, targets, vocab_size=20, chunk_elements=elements)
+        logprobs, entropy = work(hidden, targets)
         (logprobs * torch.arange(13)).sum().backward()
         assert not entropy.requires_grad
         results.append((logprobs, entropy, hidden.grad, head.weight.grad.clone()))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+    for whole, part in zip(*results, strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_head_passes_the_gradient_on(head):
+    hidden, targets = states()
+    head.requires_grad_(False)
+    token_logprobs(head, hidden, targets, vocab_size=20, chunk_elements=100)[0].sum().backward()
+    ours, hidden.grad = hidden.grad, None
+    of_whole_logits(head, hidden, targets, 1.0)[0].sum().backward()
+    torch.testing.assert_close(ours, hidden.grad, atol=1e-6, rtol=0)
+    assert head.weight.grad is None
+
+
+def test_under_autocast_the_matmuls_are_in_bf16_and_gradients_in_fp32(head):
+    results = []
+    for work in (
+        lambda *states: of_whole_logits(head, *states, 0.7),
+        lambda *states: token_logprobs(head, *states, temperature=0.7, vocab_size=20, chunk_elements=100),
+    ):
+        hidden, targets = states()
+        head.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs, entropy = work(hidden, targets)
+        logprobs.sum().backward()
+        results.append((logprobs, entropy, hidden.grad, head.weight.grad.clone()))
+    for whole, part in zip(*results, strict=True):
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part, whole, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=0)
 
 
 def test_no_more_than_one_chunk_of_logits_is_held(head):
