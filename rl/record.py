@@ -75,7 +75,7 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 # Declared, not inferred: a step without a single known reward must have the same types as the others.
-_SCHEMA = {
+SCHEMA = {
     **dict.fromkeys(("step", "prompt_index", "epoch", "process", "group", "sample", "seed"), pa.int64()),
     "used": pa.bool_(),
     **dict.fromkeys(("prompt_text", "completion_text"), pa.string()),
@@ -87,6 +87,10 @@ _SCHEMA = {
     "answer": pa.string(),
     **dict.fromkeys(("reward", "advantage"), pa.float64()),
 }
+"""Columns of a step's file; those of the parts of the reward come after them."""
+
+PART = "rewards/"
+"""Before the name of a part of the reward, in its column's name."""
 
 
 def write_rollout(folder: Path, rollout: Rollout, *, step: int, world: World) -> None:
@@ -99,14 +103,14 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, world: World) ->
     own = [row for g, (group, used) in enumerate(marked) for row in _rows(group, g, step, world.rank, used)]
     rows = world.gather(own)
     if world.is_main:
-        parts = {name: pa.float64() for name in rows[0] if name not in _SCHEMA}
+        parts = {name: pa.float64() for name in rows[0] if name not in SCHEMA}
         about = {
             "cursor": rollout.cursor,
             "metrics": rollout.metrics,
             "processes": world.size,
             "experts": _experts_shape(rollout.groups),
         }
-        schema = pa.schema(_SCHEMA | parts, metadata={"rollout": json.dumps(about)})
+        schema = pa.schema(SCHEMA | parts, metadata={"rollout": json.dumps(about)})
         with replacing(folder / f"step-{step:06d}.parquet") as aside:
             pq.write_table(
                 pa.Table.from_pylist(rows, schema=schema), aside, compression="zstd", write_page_checksum=True
@@ -135,9 +139,13 @@ def read_rollout(folder: Path, *, step: int, world: World) -> Rollout | None:
     return Rollout(groups=groups[True], spare=groups[False], cursor=about["cursor"], metrics=about["metrics"])
 
 
+def prompt_text(content: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt's words as the file holds them: its text, or its messages without who says them."""
+    return content if isinstance(content, str) else "\n\n".join(message["content"] for message in content)
+
+
 def _rows(group: Group, number: int, step: int, process: int, used: bool) -> list[dict[str, Any]]:
-    content = group.prompt.content
-    text = content if isinstance(content, str) else "\n\n".join(m["content"] for m in content)
+    text = prompt_text(group.prompt.content)
     return [
         {
             "step": step,
@@ -159,13 +167,10 @@ def _rows(group: Group, number: int, step: int, process: int, used: bool) -> lis
             "answer": _text(group.prompt.columns.get("answer")),
             "reward": _or_none(group.rewards[i]),
             "advantage": _or_none(group.advantages[i]),
-            **{_PART + name: _or_none(values[i]) for name, values in group.parts.items()},
+            **{PART + name: _or_none(values[i]) for name, values in group.parts.items()},
         }
         for i, (completion, completion_text) in enumerate(zip(group.completions, group.texts, strict=True))
     ]
-
-
-_PART = "rewards/"
 
 
 def _group(rows: Sequence[Mapping[str, Any]], experts: Sequence[int] | None) -> Group:
@@ -192,7 +197,7 @@ def _group(rows: Sequence[Mapping[str, Any]], experts: Sequence[int] | None) -> 
             for row in rows
         ],
         texts=[row["completion_text"] for row in rows],
-        parts={name.removeprefix(_PART): [_or_nan(r[name]) for r in rows] for name in first if name.startswith(_PART)},
+        parts={name.removeprefix(PART): [_or_nan(r[name]) for r in rows] for name in first if name.startswith(PART)},
         rewards=[_or_nan(row["reward"]) for row in rows],
         advantages=[_or_nan(row["advantage"]) for row in rows],
     )

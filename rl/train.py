@@ -285,6 +285,7 @@ class Run:
             return None
         params, tokenizer = dataclasses.replace(self.engine.params, n=1, record_experts=False), self.policy.tokenizer
         with self.phase(tracker, "evaluating", self.engine.name):
+            failpoint("run/evaluating")
             return self.engine.use(
                 lambda sampler: evaluate(sampler, held_out.first(problems), params, tokenizer, self.examiner)
             )

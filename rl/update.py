@@ -100,7 +100,7 @@ def update(
         pairs = [pair for m, old in zip(minibatches, stored, strict=True) for pair in zip(m.batches, old, strict=True)]
         gap = check_gap([_inputs(batch, old, old, None) for batch, old in pairs], config, world)
 
-    sums = torch.zeros(7, dtype=torch.float64)  # loss, tokens, entropy, held, units, kl, grad norm
+    sums = torch.zeros(7, dtype=torch.float64)  # loss, entropy, held, kl, tokens, units, grad norm
     for _ in range(config.optim.epochs):
         for i, minibatch in enumerate(minibatches):
             seen = []
@@ -112,10 +112,8 @@ def update(
                     parts = policy_loss(x, config=config.loss, totals=minibatch.totals)
                     parts.loss.backward()
                 seen.append(_inputs(batch, x.old, x.old, None))
-                sums[:6] += torch.stack([
-                    parts.loss.detach(), torch.tensor(len(logp)), entropy.sum(), parts.held, torch.tensor(parts.units),
-                    parts.kl,
-                ]).double().cpu()  # fmt: skip
+                summed = torch.stack([parts.loss.detach(), entropy.sum(), parts.held, parts.kl]).double().tolist()
+                sums[:6] += torch.tensor([*summed, len(logp), parts.units], dtype=torch.float64)
             if stored is None:
                 gap = check_gap(seen, config, world)
             if not minibatch.anything:
@@ -131,7 +129,7 @@ def update(
                         "model was trained on: skipped-*.json in the run folder names the completions"
                     )
 
-    loss, tokens, entropy_sum, held, units, kl, norms = world.sum(sums).tolist()
+    loss, entropy_sum, held, kl, tokens, units, norms = world.sum(sums).tolist()
     steps = len(minibatches) * config.optim.epochs
     metrics = {
         "loss": loss / steps,

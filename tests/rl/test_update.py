@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import rl.update
 import runtime.logprobs
-from rl.config import GRPOConfig, LoraConfig, LossConfig, OptimConfig
+from rl.config import GRPOConfig, LoraConfig, LossConfig, OptimConfig, SamplingConfig
 from rl.gap import SamplerGap
 from rl.loss import OBJECTIVES
 from rl.policy import Policy
@@ -423,6 +423,7 @@ def worker(model: str, out: str) -> None:
         config = GRPOConfig(
             model=model,
             prompts_per_step=4,
+            sampling=SamplingConfig(gap_limit=9.0),
             loss=LossConfig(objective=objective, beta=0.04, importance_floor=0.0),
             optim=OptimConfig(minibatches=2, microbatch_tokens=25),
         )
