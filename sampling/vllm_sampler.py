@@ -24,6 +24,9 @@ from sampling import vllm_reload
 from sampling.protocol import Completion, Fingerprints, FinishReason, SamplingParams, Weights
 from sampling.vllm_setup import cpu_attention, environment, guest, has_amx, hf_overrides
 
+CPU_BATCH_TOKENS = 4096
+"""Tokens of a forward pass on a CPU, unless a single sequence may be longer."""
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -85,6 +88,10 @@ class VLLMSampler:
             if on_cpu:
                 options = cpu_attention(config, dtype=dtype, while_open=self._cleanup)
                 options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+                # A prompt in two parts draws a token that is thrown away, and vLLM then winds the request's generator
+                # back, which a CPU's can't be: RuntimeError("CPU Generator does not use offset").
+                options["enable_chunked_prefill"] = False
+                options["max_num_batched_tokens"] = max(max_model_len, CPU_BATCH_TOKENS)
             self._llm = LLM(
                 str(model_dir),
                 dtype=dtype,
@@ -123,6 +130,8 @@ class VLLMSampler:
         if params.record_experts and not self.record_experts:
             raise ValueError("record_experts=True: this engine can't; make it by VLLMSampler(..., record_experts=True)")
         self._check(prompts, room=params.max_tokens, what="prompt")
+        # Or a prompt that an earlier call left in the cache would be rounded another way than one computed now.
+        self._engine().reset_prefix_cache()
         requests = [self._request(params, seed=_stream_seed(seed, i)) for seed in seeds for i in range(params.n)]
         outputs = self._generate([prompt for prompt in prompts for _ in range(params.n)], requests)
         completions = [self._completion(output, record=params.record_experts) for output in outputs]

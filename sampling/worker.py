@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from runtime.errors import UserError
+from runtime.failpoints import failpoint
 from sampling.attest import DivergedPolicy, PrefixCaching, WeightsMismatch
 from sampling.protocol import Sampler, Weights
 
@@ -71,6 +72,7 @@ def _serve(connection: Connection) -> None:
             _send(connection, "failed", f"{type(error).__name__}: {error}")
             raise
         else:
+            failpoint(f"engine/{method}")  # the work is done and is lost
             _send(connection, "done", value)
     if sampler is not None:
         sampler.close()

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from sampling.attest import Canary, DivergedPolicy, SyncReport, WeightsMismatch, make_canary, sync
 from sampling.protocol import SamplingParams
-from sampling.vllm_sampler import VLLMSampler
+from sampling.vllm_sampler import CPU_BATCH_TOKENS, VLLMSampler
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
 
@@ -223,6 +223,16 @@ def test_seeds_reproduce_a_batch_and_no_two_completions_share_one(synced):
     assert same_prompt[0][1].ids != same_prompt[1][0].ids  # seed 0's second is not seed 1's first
 
 
+def test_more_prompts_than_a_forward_pass_takes_are_sampled_with_their_seeds(synced):
+    """On a CPU a prompt must not be cut in two between passes: its generator can't be wound back."""
+    prompts = [[(7 * i + j) % 100 + 5 for j in range(100)] for i in range(CPU_BATCH_TOKENS // 100 + 20)]
+    params = SamplingParams(n=1, max_tokens=4)
+    groups = synced.sampler.sample(prompts, params, seeds=list(range(len(prompts))))
+    assert [len(group[0].ids) for group in groups] == [4] * len(prompts)
+    (alone,) = synced.sampler.sample(prompts[-1:], params, seeds=[len(prompts) - 1])
+    assert alone[0].ids == groups[-1][0].ids
+
+
 def test_a_stop_token_ends_and_belongs_to_the_completion(synced):
     free = [answer for group in sampled(synced) for answer in group]
     assert {(answer.finish_reason, len(answer.ids)) for answer in free} == {("length", 12)}
@@ -373,7 +383,7 @@ def test_a_parameter_permuted_inside_the_engine_is_caught_by_the_canary(synced, 
 
 @only_qwen
 def test_a_forgotten_prefix_cache_is_caught(synced, monkeypatch):
-    monkeypatch.setattr(synced.sampler._llm.llm_engine, "reset_prefix_cache", lambda: True)
+    monkeypatch.setattr(synced.sampler._llm.llm_engine, "reset_prefix_cache", lambda *_: True)
     randomize(synced.model, seed=2)
     with pytest.raises(WeightsMismatch, match="prefix cache: 96 tokens"):
         synced.sync(2)
