@@ -92,7 +92,7 @@ def show_samples(title: str, evaluation: Evaluation, console: Console, count: in
         question = content if isinstance(content, str) else content[-1]["content"]
         right = group.parts["accuracy"][0] == 1
         console.print(Text("  " + visible(question, keep=""), style="dim"))
-        answer = visible(group.texts[0], keep="").replace("\\n", " ⏎ ")
+        answer = visible(group.texts[0], keep="\n").replace("\n", " ⏎ ")
         console.print(Text(f"  {'✓' if right else '✗'} {answer}", style="green" if right else "red"))
 
 

@@ -84,7 +84,8 @@ class LossConfig:
     """"unbiased": the KL's own gradient, whatever estimates its value. "direct": the estimator differentiated as
     DeepSeekMath and R1 do, which for k3 is the gradient of another divergence."""
     reference_every: int = 0
-    """Replace the frozen reference by the current policy every this many steps; 0: never. R1-Zero's is 400."""
+    """Replace the frozen reference by the current policy every this many steps (rollouts); 0: never. R1-Zero's is 25
+    rollouts of 16 updates: its 400 steps."""
     importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
     """Correction by π_old / π_sampler, per token or per completion: truncated at the cap, or left out above it."""
     importance_cap: float = 2.0
@@ -160,7 +161,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     warmup_steps: int = 3
-    """Steps of linear warm-up; constant afterwards."""
+    """Updates of linear warm-up; constant afterwards."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this."""
     minibatches: int = 1

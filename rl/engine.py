@@ -61,6 +61,7 @@ class Engine:
             policy.causal_lm.config.vocab_size,
             text=text,
             dtype="bfloat16" if config.precision == "bf16" else self.sampler.dtype,
+            sequences=2,
             length=CANARY_TOKENS,
         )
         self.params = SamplingParams(

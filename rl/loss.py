@@ -190,10 +190,12 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k
 def kl_penalty(x: LossInputs, w: Tensor, config: LossConfig) -> Tensor:
     """KL(π ‖ π_ref) per token (C,), by the estimator asked for.
 
-    "unbiased": the value is w·ρ·k and the gradient w·ρ·(log π − log π_ref)·∇log π, which is ∇KL in expectation over
-    samples of any policy. For k3 that is the derivative of ρ·k3 (DeepSeek-V3.2, arXiv 2512.02556).
-    "direct": the estimator differentiated as published (DeepSeekMath, R1). For k3 that pulls along the gradient of
-    KL(π_ref ‖ π) instead; no w and no ρ.
+    "unbiased": the value is w·ρ·k and the gradient w·ρ·(log π − log π_ref)·∇log π. With w uncapped its mean after a
+    prefix is ∇KL(π(·|prefix) ‖ π_ref(·|prefix)), whoever sampled; prefixes count as the sampler visits them (as π_old
+    does, under whole-answer weights). For "sequence" it is ∇KL of whole answers. Where z depends on the length (grpo,
+    gspo) it is neither: docs/gradients.md. For k3 it is the derivative of ρ·k3 (DeepSeek-V3.2, arXiv 2512.02556).
+    "direct": the estimator differentiated as published (DeepSeekMath, R1); no w and no ρ. On π's own samples k2's is
+    the same ∇KL, and k3's is ∇KL(π_ref ‖ π) instead.
     """
     assert x.reference is not None
     log_r = x.reference - x.logp

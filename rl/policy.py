@@ -34,6 +34,12 @@ class Policy:
         base = load_causal_lm(path).to(world.device)
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model={config.model!r}: its tokenizer has no end token, so no completion could end")
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= base.config.vocab_size:
+            raise UserError(
+                f"model={config.model!r}: its tokenizer has ids up to {largest}, its vocab_size is "
+                f"{base.config.vocab_size}: this is another model's tokenizer, or the embeddings were not resized"
+            )
         self.model: nn.Module = base if config.lora is None else add_adapters(base, config.lora, config.seed)
         self.model.eval()  # no dropout: π_old and π_θ must be the same function
         self.reference: nn.Module | None = None

@@ -1,5 +1,6 @@
 """Scored groups -> the step's metrics under TRL's names, and a Parquet file of every completion; and back from it."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -17,7 +18,7 @@ from rl.advantage import zero_variance
 from rl.evaluate import Evaluation, thinks
 from rl.types import Group, Prompt, Rollout
 from runtime.distributed import World
-from runtime.files import replacing
+from runtime.files import replacing, write_durably
 from sampling.protocol import Completion
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ PART = "rewards/"
 
 
 def write_rollout(folder: Path, rollout: Rollout, *, step: int, world: World) -> None:
-    """Write `step-000012.parquet`: one row per completion of every process, in order, durably or not at all.
+    """Write `step-000012.parquet`: one row per completion of every process, in order, durably or not at all; and its
+    hash beside it.
 
     Groups that were sampled and not trained on are in it too (`used` is false). From it `read_rollout` brings the
     step back, so that a run that is killed neither samples nor pays for it again.
@@ -111,10 +113,12 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, world: World) ->
             "experts": _experts_shape(rollout.groups),
         }
         schema = pa.schema(SCHEMA | parts, metadata={"rollout": json.dumps(about)})
-        with replacing(folder / f"step-{step:06d}.parquet") as aside:
-            pq.write_table(
-                pa.Table.from_pylist(rows, schema=schema), aside, compression="zstd", write_page_checksum=True
-            )
+        path = folder / f"step-{step:06d}.parquet"
+        with replacing(path) as aside:
+            table = pa.Table.from_pylist(rows, schema=schema)
+            pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
+            # First the hash: once there is a rollout, there is what it must be.
+            write_durably(path.with_suffix(".sha256"), _digest(aside, path.name))
 
 
 def read_rollout(folder: Path, *, step: int, world: World) -> Rollout | None:
@@ -124,8 +128,10 @@ def read_rollout(folder: Path, *, step: int, world: World) -> Rollout | None:
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        if _digest(path, path.name) != path.with_suffix(".sha256").read_text(errors="replace"):
+            raise ValueError("SHA-256 differs")
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:
         log.warning("%s is damaged (%s): the step is sampled anew", path, error)
         return None
     about = json.loads((table.schema.metadata or {}).get(b"rollout", b"{}"))
@@ -142,6 +148,12 @@ def read_rollout(folder: Path, *, step: int, world: World) -> Rollout | None:
 def prompt_text(content: str | Sequence[Mapping[str, str]]) -> str:
     """A prompt's words as the file holds them: its text, or its messages without who says them."""
     return content if isinstance(content, str) else "\n\n".join(message["content"] for message in content)
+
+
+def _digest(path: Path, name: str) -> str:
+    """SHA-256 of a file, in the form sha256sum reads. Parquet's own checksums leave out the footer."""
+    with path.open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
 
 
 def _rows(group: Group, number: int, step: int, process: int, used: bool) -> list[dict[str, Any]]:

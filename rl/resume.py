@@ -5,14 +5,18 @@ keep: how far the run is, what its curriculum has seen, the generators' states, 
 replaced.
 """
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rl.curriculum import Curriculum
 from rl.policy import Policy
 from rl.update import Optimizer
+from runtime.errors import UserError
 from runtime.state import load_state, rng_state, save_state, set_rng_state
 from runtime.weights import checkpoint_tensors, checkpoint_views
 
@@ -39,6 +43,7 @@ def save_training_state(
         save_state(folder, "reference", dict(checkpoint_tensors(policy.reference)))
     save_state(folder, "optimizer", optimizer.adamw.state_dict())
     trainer = {"updates": optimizer.updates, "skipped": optimizer.skipped, "rng": rng_state()}
+    trainer |= {"tokenizer": tokenizer_hash(policy.tokenizer)}
     save_state(folder, "trainer", trainer | {"progress": asdict(progress), "curriculum": curriculum.state()})
 
 
@@ -53,8 +58,15 @@ def checkpoint_bytes(policy: Policy) -> int:
 def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer, curriculum: Curriculum) -> Progress:
     """Put everything back in place; returns how far the run is.
 
-    The policy must have been loaded from this folder, or with LoRA from the run's base model.
+    The policy must have been loaded from this folder, or with LoRA from the run's base model. Raises UserError if that
+    has another tokenizer by now: the same text would be other tokens.
     """
+    trainer = load_state(folder, "trainer")
+    if trainer["tokenizer"] != tokenizer_hash(policy.tokenizer):
+        raise UserError(
+            f"model={policy.config.model!r}: its tokenizer or chat template is no longer the one this run was started "
+            "with; put it back, or give another --run_dir"
+        )
     if policy.config.lora is not None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -64,8 +76,13 @@ def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer, curr
         for name, tensor in checkpoint_views(policy.reference).items():
             tensor.copy_(saved[name])
     optimizer.adamw.load_state_dict(load_state(folder, "optimizer"))
-    trainer = load_state(folder, "trainer")
     optimizer.updates, optimizer.skipped = trainer["updates"], trainer["skipped"]
     set_rng_state(trainer["rng"])
     curriculum.load(trainer["curriculum"])
     return Progress(**trainer["progress"])
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides which tokens a prompt becomes and which one ends a completion."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -98,7 +98,7 @@ def train(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(_open_run(config, world))
         paid: Mapping[Any, float] = config.rewards if rewards is None else rewards
-        scorer = stack.enter_context(Scorer(paid, time_limit=config.reward_time_limit))
+        scorer = stack.enter_context(_scorer(paid, config))
         examiner = stack.enter_context(Scorer({"accuracy": 1.0, "format": 0.0}))
         found = [latest_checkpoint(folder.checkpoints_dir) if folder.resumed else None] if world.is_main else []
         checkpoint = world.gather(found)[0]
@@ -248,7 +248,7 @@ class Run:
             if self.told_to_leave():
                 return None
             with self.phase(tracker, "scoring", "reward workers", timer):
-                logged |= self.score(new, tracker)
+                logged |= self.score(new, tracker) if new else {}
             groups += new
             failpoint("step/scored")
         # Of those that teach nothing, as many as are needed to fill the step.
@@ -426,6 +426,18 @@ def deal(missing: Sequence[int]) -> list[int]:
 
 def _tokens(groups: Sequence[Group]) -> int:
     return sum(len(completion.ids) for group in groups for completion in group.completions)
+
+
+def _scorer(rewards: Mapping[Any, float], config: GRPOConfig) -> Scorer:
+    """Its processes are started, so that a reward that can't be loaded is found now and not after the first rollout."""
+    with contextlib.ExitStack() as stack:
+        try:
+            scorer = stack.enter_context(Scorer(rewards, time_limit=config.reward_time_limit))
+            scorer.start()
+        except ValueError as error:
+            raise UserError(f"rewards: {error}") from error
+        stack.pop_all()
+    return scorer
 
 
 def _open_run(config: GRPOConfig, world: World) -> RunFolder | contextlib.AbstractContextManager[Any]:

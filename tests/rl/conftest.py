@@ -1,11 +1,18 @@
-"""What tests of the loop share: a tokenizer, a tiny V3 of random weights, policies on it, and groups as they are."""
+"""What tests of the loop share: a tokenizer, a tiny V3 of random weights, policies on it, groups as they are, and whole
+commands that can be killed."""
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 
 import deepseek_v3
 from recipes.tiny import make_tokenizer, tiny_config
@@ -13,7 +20,11 @@ from rl.config import GRPOConfig, LossConfig, OptimConfig, SamplingConfig
 from rl.policy import Policy
 from rl.types import Group, Prompt
 from runtime.distributed import World
+from runtime.metrics import read_metrics
 from sampling.protocol import Completion
+
+ROOT = Path(__file__).parents[2]
+ZYGOTE = Path(__file__).with_name("zygote.py")
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +109,151 @@ def make_group() -> Callable[..., Group]:
         )
 
     return make
+
+
+class Ended(NamedTuple):
+    """What came of a command."""
+
+    code: int
+    """Its exit code, or minus the signal that ended it."""
+    seconds: float
+    output: str
+
+
+class Commands:
+    """`python -m recipes.grpo` on a run of a second: a V3 of 20,000 parameters, with everything on that has a state.
+
+    The commands are children of tests/rl/zygote.py, which has paid for the imports.
+    """
+
+    def __init__(self, folder: Path, *, disk: str | None = None) -> None:
+        """folder: for model, data, settings and output; modules in it can be imported by the commands. disk: options of
+        a tmpfs at folder/disk, say "size=4m"."""
+        self.folder = folder
+        (folder / "disk").mkdir()
+        tokenizer = make_tokenizer()
+        config = tiny_config(tokenizer)
+        config.update(dict(
+            hidden_size=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, intermediate_size=16,
+            moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1, initializer_range=0.3,
+        ))  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            deepseek_v3.DeepseekV3ForCausalLM(config).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "tiny_rewards.py").write_text(
+            "def parity(completion_ids, **_):\n    return [float(sum(ids) % 2) for ids in completion_ids]\n"
+        )
+        problems = str(folder / "problems.jsonl")
+        self.settings: dict[str, Any] = dict(
+            model=str(folder / "model"),
+            data=problems,
+            steps=3,
+            prompts_per_step=2,
+            group_size=3,
+            rewards={"tiny_rewards.parity": 1.0},
+            sampling=dict(backend="native", max_tokens=4),
+            dynamic_sampling=dict(max_rounds=2),
+            curriculum=dict(reward="tiny_rewards.parity"),
+            loss=dict(beta=0.1, reference_every=2),
+            optim=dict(lr=0.01),
+            checkpoint=dict(every=1, keep=2),
+            evaluation=dict(data=problems, problems=2, every=2, quick_problems=1),
+        )
+        (folder / "run.yaml").write_text(yaml.safe_dump(self.settings))
+        # A small disk is a mount that only the commands see.
+        mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"', "sh"]
+        self._zygote = subprocess.Popen(
+            [*([] if disk is None else [*mount, disk, str(folder / "disk")]), sys.executable, str(ZYGOTE)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def grpo(
+        self,
+        run_dir: Path,
+        *flags: str,
+        kill_after: float | None = None,
+        signum: int = signal.SIGKILL,
+        **environment: str,
+    ) -> Ended:
+        """Run it to its end with these flags and variables, and with --resume, which also starts a run.
+
+        kill_after: seconds after which it gets the signal.
+        """
+        arguments = ["--config", str(self.folder / "run.yaml"), "--run_dir", str(run_dir), "--resume", *flags]
+        output = self.folder / "output"
+        request = dict(arguments=arguments, environment=environment, output=str(output))
+        assert self._zygote.stdin is not None and self._zygote.stdout is not None
+        self._zygote.stdin.write(json.dumps(request | dict(kill_after=kill_after, signum=int(signum))) + "\n")
+        self._zygote.stdin.flush()
+        code, seconds = json.loads(self._zygote.stdout.readline())
+        return Ended(code, seconds, output.read_text())
+
+    @property
+    def disk(self) -> Path:
+        """folder/disk as the commands see it."""
+        return Path(f"/proc/{self.pid}/root{self.folder}/disk")
+
+    @property
+    def pid(self) -> int:
+        """The process whose children the commands are."""
+        return self._zygote.pid
+
+    def close(self) -> None:
+        """It leaves when its input ends."""
+        self._zygote.communicate()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Commands]:
+    """Commands that see a disk of 4 MB."""
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    try:
+        subprocess.run(probe, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no user namespaces here to mount a disk in")
+    commands = Commands(tmp_path, disk="size=4m")
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def outcome() -> Callable[[Path], dict[str, Any]]:
+    """All that a run of three steps came to: the bytes of its last checkpoint, of the final one and of its rollouts,
+    the lines of its metrics but for times, and what must not be left lying about.
+
+    Left out: the states of Python's and NumPy's global generators, which nothing here draws from and every process
+    seeds by chance; and the manifests, whose hashes see those too.
+    """
+
+    def collect(run_dir: Path) -> dict[str, Any]:
+        folders = [run_dir / "checkpoints/step-000003", run_dir / "checkpoints/final", run_dir / "rollouts"]
+        files = [path for folder in folders for path in sorted(folder.iterdir())]
+        found: dict[str, Any] = {
+            str(path.relative_to(run_dir)): path.read_bytes()
+            for path in files
+            if path.name not in ("manifest.json", "trainer.json", "trainer.safetensors")
+        }
+        trainer = json.loads((folders[0] / "trainer.json").read_text())
+        found["trainer"] = {name: value for name, value in trainer.items() if name != "rng"}
+        found["metrics"] = [
+            {k: v for k, v in m.items() if not k.startswith("time/") and k not in ("step_time", "tokens_per_second")}
+            for m in read_metrics(run_dir / "metrics.jsonl")
+        ]
+        found["leftovers"] = [path.name for path in run_dir.rglob("*") if ".tmp" in path.name or ".old-" in path.name]
+        return found
+
+    return collect

@@ -167,3 +167,15 @@ def test_attention_names_no_model_has_are_refused_with_the_remedy():
         add_adapters(model, LoraConfig(), 0)
     adapted = add_adapters(model, LoraConfig(rank=2, target_modules=("c_attn",)), 0)
     assert any("lora_A" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_tokenizer_with_ids_the_model_has_no_embedding_for_is_refused(tiny_folder, tmp_path):
+    load_causal_lm(tiny_folder).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tiny_folder)
+    tokenizer.add_tokens([f"<{i}>" for i in range(512 - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path)
+    Policy(GRPOConfig(model=str(tmp_path)), World())
+    tokenizer.add_tokens(["<one too many>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has ids up to 512, its vocab_size is 512"):
+        Policy(GRPOConfig(model=str(tmp_path)), World())

@@ -214,6 +214,13 @@ def test_any_causal_lm_trains_by_path(family, config, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(result.run_dir / "checkpoints/final")
 
 
+@pytest.mark.parametrize("name", ["acuracy", "no_such_module.reward"])
+def test_a_reward_that_cannot_be_loaded_is_refused_before_anything_is_sampled(config, tmp_path, name):
+    with pytest.raises(UserError, match=f"rewards: reward '{name}'"):
+        go(config, tmp_path / "run", rewards={name: 1.0})
+    assert not list((tmp_path / "run").glob("rollouts/*"))
+
+
 def test_an_unknown_reward_leaves_its_group_and_is_counted(config, tmp_path):
     def sometimes(prompts, completions, **_):
         return [None if i % 4 == 0 else float(i % 4) for i in range(len(completions))]

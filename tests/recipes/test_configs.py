@@ -1,0 +1,78 @@
+"""The published recipes as YAML: only what differs from the defaults, each with its source, and the papers' arithmetic.
+
+That every file parses is in tests/rl/test_config.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recipes.cli import parse, to_dict
+from rl.config import GRPOConfig
+
+FOLDER = Path(__file__).parents[2] / "recipes/configs"
+PUBLISHED = ("r1_zero", "dapo", "dr_grpo", "gspo", "cispo")
+
+
+def load(name: str) -> GRPOConfig:
+    return parse(GRPOConfig, ["--config", str(FOLDER / f"{name}.yaml")], prog="grpo", description="")
+
+
+def leaves(tree: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, value, default) of each setting given; `rewards` is one."""
+    out = []
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "rewards":
+            out += leaves(value, defaults[name], f"{prefix}{name}.")
+        else:
+            out.append((prefix + name, value, defaults[name]))
+    return out
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_only_what_differs_is_given_and_says_where_it_is_from(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text()
+    given = leaves(yaml.safe_load(text), to_dict(GRPOConfig()))
+    assert [setting for setting, value, default in given if value == default] == []
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    bare = [line for line in lines if not line.endswith(":") and "  # " not in line]
+    assert bare == []
+    assert 8 <= len(text.splitlines()) <= 20 and text.startswith("#") and "arXiv" in text
+
+
+def test_r1_zero_is_the_papers_arithmetic() -> None:
+    config = load("r1_zero")
+    updates = config.optim.minibatches * config.optim.epochs
+    assert config.prompts_per_step * config.group_size == 8192
+    assert (config.prompts_per_step // updates, config.prompts_per_step * config.group_size // updates) == (32, 512)
+    assert (config.steps * updates, config.loss.reference_every * updates) == (10_400, 400)
+    assert (config.optim.lr, config.loss.beta, config.loss.kl, config.loss.kl_gradient) == (3e-6, 0.001, "k3", "direct")
+    assert (config.sampling.temperature, config.sampling.max_tokens, config.loss.epsilon) == (1.0, 32_768, 10)
+
+
+@pytest.mark.parametrize("name", ["dapo", "cispo"])
+def test_dapo_and_cispo_are_the_papers_arithmetic(name: str) -> None:
+    config = load(name)
+    assert config.prompts_per_step * config.group_size // config.optim.minibatches == 512
+    assert config.sampling.max_tokens - config.overlong_buffer == 16_384
+    assert (config.dynamic_sampling.max_rounds, config.loss.beta, config.rewards) == (9, 0, {"accuracy": 2.0})
+    high = {"dapo": 0.28, "cispo": 4}[name]
+    assert (config.loss.objective, config.loss.epsilon, config.loss.clip_high) == (name, 0.2, high)
+
+
+def test_dapos_warm_up_is_twenty_rollouts() -> None:
+    config = load("dapo")
+    assert config.optim.warmup_steps / config.optim.minibatches == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "rollout"),
+    [("gspo", ("gspo", "grpo", 3e-4, 4e-4), (16, 8, 4)), ("dr_grpo", ("dr_grpo", "dr_grpo", 0.2, 0.2), (128, 8, 8))],
+)
+def test_gspo_and_dr_grpo_are_the_papers(name: str, loss: tuple[Any, ...], rollout: tuple[int, ...]) -> None:
+    config = load(name)
+    assert (config.loss.objective, config.loss.advantage, config.loss.epsilon, config.loss.clip_high) == loss
+    assert (config.prompts_per_step, config.group_size, config.optim.minibatches) == rollout
+    assert config.loss.beta == 0
