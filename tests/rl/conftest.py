@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,6 +227,8 @@ def small_disk(tmp_path: Path) -> Iterator[Commands]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no user namespaces here to mount a disk in")
     commands = Commands(tmp_path, disk="size=4m")
+    while not os.path.ismount(commands.disk):
+        time.sleep(0.01)
     yield commands
     commands.close()
 

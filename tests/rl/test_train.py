@@ -1,6 +1,7 @@
 """Whole runs of the loop with the native sampler, on random models of a few thousand parameters' worth of work."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -356,7 +357,9 @@ def test_a_rollout_on_disk_is_trained_on_and_not_sampled_again(config, tmp_path)
     table = pq.read_table(tmp_path / "run/rollouts/step-000002.parquet")
     swapped = table["advantage"].to_numpy()[::-1].copy()
     table = table.set_column(table.schema.get_field_index("advantage"), "advantage", [swapped])
-    pq.write_table(table, tmp_path / "run/rollouts/step-000002.parquet")
+    path = tmp_path / "run/rollouts/step-000002.parquet"
+    pq.write_table(table, path)
+    path.with_suffix(".sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
     go(config, tmp_path / "run", steps=2, resume=True)
     assert [row["advantage"] for row in rollout_rows(tmp_path / "run", 2)] == swapped.tolist()
     go(config, tmp_path / "other", steps=2)
