@@ -81,8 +81,8 @@ class LossConfig:
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL."""
     kl_gradient: Literal["unbiased", "direct"] = "unbiased"
-    """"unbiased": the KL's own gradient where tokens count alike, whatever estimates its value. "direct": the estimator differentiated as
-    DeepSeekMath and R1 do, which for k3 is the gradient of another divergence."""
+    """"unbiased": the KL's own gradient where tokens count alike, whatever estimates its value. "direct": the estimator
+    differentiated as DeepSeekMath and R1 do, which for k3 is the gradient of another divergence."""
     reference_every: int = 0
     """Replace the frozen reference by the current policy every this many steps (rollouts); 0: never. R1-Zero's is 25
     rollouts of 16 updates: its 400 steps."""
@@ -107,8 +107,8 @@ class LossConfig:
         _require(self.beta >= 0, f"loss.beta={self.beta}: the KL weight can't be negative")
         _require(
             self.beta == 0 or self.kl != "k1" or self.kl_gradient == "unbiased",
-            "loss.kl=k1 with loss.kl_gradient=direct: that gradient is not the KL's, but noise on policy, and a pull towards "
-            "long answers where the loss divides by length; use unbiased",
+            "loss.kl=k1 with loss.kl_gradient=direct: that gradient is not the KL's, but noise on policy, and a pull "
+            "towards long answers where the loss divides by length; use unbiased",
         )
         _require(
             self.reference_every >= 0,

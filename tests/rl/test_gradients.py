@@ -13,31 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gradients import (
+from benchmarks._enumeration import (
     COMPLETIONS,
     END,
-    FREE,
     LENGTHS_S,
     LONGEST,
-    PAGE,
     PREFIXES,
-    TOYS,
     VOCAB,
     World,
-    against,
     all_groups,
     answer_kl,
     answers,
-    corrections,
-    document,
     expected,
     gradient,
     kl_alone,
     lay_out,
-    off_by,
-    off_policy,
-    on_policy,
-    pay,
     reverse_token_kl,
     reward,
     reward_per_token,
@@ -46,6 +36,7 @@ from benchmarks.gradients import (
     token_kl,
     toy,
 )
+from benchmarks.gradients import FREE, PAGE, TOYS, against, corrections, document, off_by, off_policy, on_policy, pay
 from rl.advantage import group_advantages
 from rl.config import LossConfig
 from rl.loss import LossInputs, Totals, policy_loss

@@ -415,7 +415,7 @@ def test_under_lora_only_adapters_learn_and_the_reference_is_without_them(make_p
 
 
 def worker(model: str, out: str) -> None:
-    """What each of the two processes runs: its share of the groups, and the summed gradients of every loss to a file."""
+    """What each of the two processes runs: its share of the groups; every loss's summed gradients to a file."""
     torch.set_num_threads(1)
     world = World()
     tensors: dict[str, torch.Tensor] = {}

@@ -343,6 +343,19 @@ def test_lost_checkpoints_are_not_a_fresh_start(tmp_path: Path, caplog: pytest.L
         latest_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("failpoint", ["checkpoint/before-remove-old", "file/before-rename"])
+def test_a_pointer_that_a_killed_save_left_behind_is_brought_up_to_date(tmp_path: Path, failpoint: str) -> None:
+    save(tmp_path, 1)
+    assert ended(child(lambda: save(tmp_path, 2), FAILPOINT=failpoint)) == -signal.SIGKILL
+    assert (tmp_path / "latest").read_text() == "step-000001\n"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000002"
+    assert (tmp_path / "latest").read_text() == "step-000002\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001", "step-000002"]
+    (tmp_path / "step-000002/model.txt").unlink()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+    assert (tmp_path / "latest").read_text() == "step-000002\n"  # what was saved once stays known
+
+
 def test_missing_and_short_files_are_named(tmp_path: Path) -> None:
     missing, short = save(tmp_path, 1), save(tmp_path, 2)
     (missing / "model.txt").unlink()
