@@ -5,6 +5,8 @@ what one leaves in memory pools and caches must not serve another. They never ru
 """
 
 import contextlib
+import dataclasses
+import io
 import itertools
 import multiprocessing
 import os
@@ -54,7 +56,7 @@ class Contestant:
         self._process.start()
         theirs.close()
         self.ready: dict[str, Any] = self._receive()
-        print(f"{name}: {self.ready}", flush=True)
+        print(f"{name}: {self.ready}", file=sys.stderr, flush=True)
 
     def turn(self, request: Any) -> Any:
         """Let it work, alone, and wait for its answer."""
@@ -79,8 +81,8 @@ def _serve(pipe: Any, threads: int, main: Callable[..., None], args: tuple[Any, 
     main(Turns(pipe), *args)
 
 
-def make_checkpoint(folder: Path, size: str) -> Path:
-    """A preset with random weights and the tiny run's tokenizer."""
+def make_checkpoint(folder: Path, size: str, **overrides: Any) -> Path:
+    """A preset, with config fields overridden, of random weights, and the tiny run's tokenizer."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = preset(
@@ -89,6 +91,7 @@ def make_checkpoint(folder: Path, size: str) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **overrides,
     )
     model = DeepseekV3ForCausalLM(config)
     model.save_pretrained(folder)
@@ -96,7 +99,7 @@ def make_checkpoint(folder: Path, size: str) -> Path:
     return folder
 
 
-def fastest_peer(folder: Path, work: Callable[[Any], object]) -> tuple[Any, str]:
+def fastest_peer(folder: Path, work: Callable[[Any], object], *, rounds: int = 3) -> tuple[Any, str]:
     """transformers' own DeepSeek-V3 with whichever attention and experts do `work` fastest here, and their names.
 
     Its other choices lose everywhere they were tried on a CPU: static caches and batched_mm take 1.2 to 2 times as
@@ -108,7 +111,7 @@ def fastest_peer(folder: Path, work: Callable[[Any], object]) -> tuple[Any, str]
     transformers.utils.logging.disable_progress_bar()
     best: dict[str, tuple[float, Any]] = {}
     choices = list(itertools.product(("sdpa", "eager"), ("grouped_mm", "eager")))
-    for _ in range(3):
+    for _ in range(rounds):
         for attention, experts in choices:
             model = transformers.DeepseekV3ForCausalLM.from_pretrained(
                 folder, attn_implementation=attention, experts_implementation=experts, dtype=torch.float32
@@ -119,6 +122,31 @@ def fastest_peer(folder: Path, work: Callable[[Any], object]) -> tuple[Any, str]
                 best[name] = seconds, model
     name = min(best, key=lambda name: best[name][0])
     return best[name][1], name
+
+
+@contextlib.contextmanager
+def open_loop(config: Any) -> Iterator[tuple[Any, Any]]:
+    """Our own loop on `config` (a GRPOConfig with a local `model` and a `run_dir`), not yet synced, and its tracker."""
+    from rich.console import Console
+
+    from rl.score import Scorer
+    from rl.train import Run
+    from runtime.distributed import World
+    from runtime.interrupt import Interrupt
+    from runtime.progress import StepTracker
+    from runtime.run_folder import open_run
+    from runtime.watchdog import Watchdog
+
+    with (
+        Interrupt() as interrupt,
+        open_run(Path(config.run_dir), config=dataclasses.asdict(config), resume=False) as folder,
+        Scorer(config.rewards) as scorer,
+    ):
+        watchdog = Watchdog(folder.path, 0)
+        model = Path(config.model)
+        run = Run(config, World(), folder, scorer, scorer, interrupt, watchdog, model=model, checkpoint=None)
+        yield run, StepTracker(config.steps, "benchmark", console=Console(file=io.StringIO()))
+        run.close()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -54,11 +54,11 @@ def ours(turns: Turns, folder: Path, data: Path, backend: Any, args: argparse.Na
     from rl.config import CheckpointConfig, EvaluationConfig, GRPOConfig, OptimConfig, SamplingConfig
     from rl.score import Scorer
     from rl.train import Run
-    from runtime.watchdog import Watchdog
     from runtime.distributed import World
     from runtime.interrupt import Interrupt
     from runtime.progress import StepTracker
     from runtime.run_folder import open_run
+    from runtime.watchdog import Watchdog
 
     config = GRPOConfig(
         model=str(folder),

@@ -130,10 +130,13 @@ def latest_checkpoint(checkpoints_dir: str | Path) -> Path | None:
     _clear_leftovers(parent, locked=True)
     steps = _steps(parent)
     saved = (parent / LATEST).read_text(errors="replace").strip() if (parent / LATEST).exists() else None
-    if saved and steps and (match := STEP.fullmatch(saved)) and int(match[1]) > _step(steps[-1]):
+    newest = int(match[1]) if (match := STEP.fullmatch(saved or "")) else -1
+    if saved and steps and newest > _step(steps[-1]):
         logger.warning("%s was saved and is gone; falling back to the checkpoint before it", parent / saved)
     for path in reversed(steps):
         if _is_whole(path, "falling back to the checkpoint before it"):
+            if _step(path) > newest:  # the save that made it died before it could say so
+                write_durably(parent / LATEST, f"{path.name}\n")
             return path
     if steps:
         names = ", ".join(p.name for p in steps)

@@ -10,14 +10,19 @@ import torch
 import transformers
 
 from benchmarks._common import alternate, make_checkpoint, ratio, spread
+from benchmarks.head import difference, full_logprobs
+from benchmarks.learning import interval
 from benchmarks.sampling import gap
+from benchmarks.update import Case
+from runtime.logprobs import token_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name: str, *arguments: str) -> str:
-    """The output of a benchmark; fails with its errors where it fails."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--rounds", "1", "--threads", "1", *arguments]
+def run(name: str, *arguments: str, rounds: bool = True, threads: bool = True) -> str:
+    """The output of a benchmark; fails with its errors where it fails. rounds, threads: whether it has such options."""
+    options = [*(("--rounds", "1") if rounds else ()), *(("--threads", "1") if threads else ())]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -37,6 +42,99 @@ def test_grpo_step_passes_its_gate_and_prints_a_table() -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     printed = run("grpo_step", "--prompts", "2", "--group", "2", "--tokens", "4", "--steps", "1")
     assert [line.split(" | ")[0] for line in printed.splitlines()[-3:]] == ["| TRL", "| ours, native", "| ours, vLLM"]
+
+
+@pytest.mark.slow
+def test_update_passes_its_gate_and_prints_a_row_for_each_case() -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    sizes = ["--mean", "4", "--longest", "12", "--groups", "1"]
+    printed = run("update", "--preset", "tiny", "--prompt", "8", "--equal", "4", *sizes)
+    rows = printed.splitlines()[-2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| tiny, 1 × 8, P 8, C 4 to 12", "| tiny, 1 × 8, P 4, C 4 equal"]
+
+
+@pytest.mark.slow
+def test_learning_compares_curves_and_held_out_accuracy(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    folder = make_checkpoint(tmp_path / "model", "tiny")
+    sizes = ["--steps", "2", "--prompts", "2", "--group", "2", "--tokens", "4", "--held_out", "4"]
+    command = ["--model", str(folder), "--seeds", "0", *sizes]
+    printed = run("learning", *command, rounds=False)
+    assert printed.count("seed 0, ") == 2
+    assert "| native | +0.000 [+0.000, +0.000] |" in printed  # nobody is right by chance: no curve to differ
+
+
+@pytest.mark.slow
+def test_sync_reports_its_share_of_a_step() -> None:
+    small = ["--prompts", "2", "--group", "2", "--tokens", "4", "--steps", "1"]
+    printed = run("sync", "--preset", "tiny", "--random", "--backend", "native", *small)
+    assert printed.splitlines()[-1].startswith("| tiny | native | 37, 3.7 | ")
+
+
+@pytest.mark.slow
+def test_head_passes_its_gate_and_prints_a_row_for_each_chunk() -> None:
+    printed = run("head", "--shape", "64x512", "--hidden", "16", "--chunk", "10", "12")
+    assert [row.split(" | ")[1] for row in printed.splitlines()[-3:]] == ["all", "2^10", "2^12"]
+
+
+@pytest.mark.slow
+def test_gpu_runs_on_a_cpu_at_the_smallest_size() -> None:
+    printed = run("gpu", "--device", "cpu", "--tiny", "--precision", "fp32", threads=False)
+    assert [row.split(" | ")[1] for row in printed.splitlines()[-2:]] == ["ours", "all logits"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_that_there_is_none() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+
+
+def test_training_and_gpu_code_import_without_vllm_trl_or_datasets() -> None:
+    """The machine for GPU checks has none of the three."""
+    modules = ["rl.train", "rl.update", "rl.evaluate", "sampling.native", "sampling.backend", "runtime.packed"]
+    modules += ["deepseek_v3.decode", "deepseek_v3.routing", "benchmarks.gpu"]
+    code = f"""
+import importlib, importlib.abc, sys
+
+class Forbid(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("vllm", "trl", "datasets"):
+            raise ModuleNotFoundError(f"forbidden: {{name}}", name=name)
+
+sys.meta_path.insert(0, Forbid())
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_skewed_lengths_have_the_mean_and_the_longest_asked_for() -> None:
+    case = Case(preset="5m", groups=4, prompt=64, mean=128, longest=512)
+    assert max(case.lengths) == 512
+    assert case.tokens / 32 == pytest.approx(128, abs=3)
+    padded, packed = case.ceilings
+    assert padded == pytest.approx(32 * 576 / (4 * 64 + case.tokens))
+    assert packed == pytest.approx((32 * 64 + case.tokens) / (4 * 64 + case.tokens))
+    assert set(Case(preset="5m", groups=1, prompt=16, mean=128, longest=128).lengths) == {128}
+
+
+def test_full_logprobs_are_the_chunked_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(4, 10, bias=False)
+    hidden, targets = torch.randn(7, 4, generator=generator), torch.tensor([0, 9, 3, 3, 1, 2, 8])
+    ours = token_logprobs(head, hidden, targets, vocab_size=10, chunk_elements=20)
+    theirs = full_logprobs(head, hidden, targets)
+    assert difference([x.tolist() for x in ours], [x.tolist() for x in theirs]) < 1e-6
+    assert difference([[1.0, 2.0]], [[1.0, 2.2]]) == pytest.approx(0.2 / (1 + 2.2**2) ** 0.5)
+
+
+def test_interval_is_around_the_mean() -> None:
+    mean, low, high = interval([0.0, 0.2, 0.4, 0.6])
+    assert (mean, (low + high) / 2) == (pytest.approx(0.3), pytest.approx(0.3))
+    assert high - mean == pytest.approx(1.96 * 0.2582 / 2, rel=1e-3)
 
 
 def test_gap_is_how_far_a_sampler_is_from_transformers(tmp_path: Path) -> None:

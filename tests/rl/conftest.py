@@ -260,3 +260,12 @@ def outcome() -> Callable[[Path], dict[str, Any]]:
         return found
 
     return collect
+
+
+@pytest.fixture(scope="session")
+def whole(commands: Commands, outcome: Callable[[Path], dict[str, Any]], tmp_path_factory: Any) -> dict[str, Any]:
+    """What a run comes to that nothing happens to."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    ended = commands.grpo(run_dir)
+    assert ended.code == 0, ended.output
+    return outcome(run_dir)
