@@ -43,9 +43,11 @@ from benchmarks._common import (
     table,
     timed,
 )
+from deepseek_v3.routing import recorded, set_flips
+from rl.batch import make_batch, trainable
 from rl.config import GRPOConfig, OptimConfig, SamplingConfig
 from rl.policy import Policy
-from rl.types import Group, Prompt
+from rl.types import Family, Group, Prompt
 from rl.update import Optimizer, update
 from runtime.distributed import World
 from runtime.models import load_tokenizer
@@ -169,9 +171,33 @@ def ours(turns: Turns, folder: Path, case: Case) -> None:
             best[tokens] = min(timed(work)[0], best.get(tokens, math.inf))
     fastest = min(best, key=lambda tokens: best[tokens])
     with_microbatches(policy, fastest)
-    turns.answer({"threads": torch.get_num_threads(), "settings": f"{fastest} tokens a micro-batch"})
+    agreement = f"{100 * router_agreement(policy, groups):.4f} %"
+    settings = f"{fastest} tokens a micro-batch"
+    turns.answer({"threads": torch.get_num_threads(), "settings": settings, "router agreement": agreement})
     for _ in turns:
         turns.answer(timed(work)[0])
+
+
+@torch.no_grad()
+def router_agreement(policy: Policy, groups: Sequence[Group]) -> float:
+    """Share of choices, a token in a MoE layer each, in which the shared pass takes the same experts as passes of one
+    completion behind its own prompt."""
+
+    def choices(family: Family) -> torch.Tensor:
+        with recorded(policy.model) as chosen:
+            policy.logprobs(make_batch([family]))
+        return chosen.chosen_LTK
+
+    flipped = total = 0
+    for family in trainable(groups, mask_truncated=False):
+        P = len(family.prompt)
+        prompt_LPK, rest_LTK = choices(family).tensor_split([P], dim=1)
+        for sample in family.samples:
+            own_LTK, rest_LTK = rest_LTK.tensor_split([len(sample.ids) - 1], dim=1)
+            alone_LTK = choices(replace(family, samples=[sample]))
+            differ, of = set_flips(torch.cat([prompt_LPK, own_LTK], dim=1), alone_LTK)
+            flipped, total = flipped + differ, total + of
+    return 1 - flipped / total
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------

@@ -34,14 +34,16 @@ class RMSNorm(nn.Module):
 def packed_attention(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, layout: Layout, scale: float) -> Tensor:
     """Causal attention (T, H, v) of packed segments: each token sees its own segment's past, and all of the segment
     that its own continues, if any. On CUDA by FlexAttention, elsewhere segment by segment."""
-    v_size = v_THv.shape[-1]
-    if q_THd.is_cuda:
-        out = flex_attention(q_THd, k_THd, v_THv, layout, scale)
+    v_size, device = v_THv.shape[-1], q_THd.device.type
+    # Neither path is an autocast function, so casts are ours.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_THd.dtype
+    q, k, v = (x.to(dtype) for x in (q_THd, k_THd, v_THv))
+    if q.is_cuda:
+        out = flex_attention(q, k, v, layout, scale)
     else:
-        # The CPU's fast kernel needs one head size for q, k and v. It is no autocast function, so casts are ours.
-        size = max(v_size, q_THd.shape[-1])
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_THd.dtype
-        q, k, v = (F.pad(x, (0, size - x.shape[-1])).to(dtype) for x in (q_THd, k_THd, v_THv))
+        # The CPU's fast kernel needs one head size for q, k and v.
+        size = max(v_size, q.shape[-1])
+        q, k, v = (F.pad(x, (0, size - x.shape[-1])) for x in (q, k, v))
         out = SegmentAttention.apply(q, k, v, layout, scale)
     return out[..., :v_size]
 

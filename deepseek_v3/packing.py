@@ -60,7 +60,7 @@ class Layout:
         parents = self.parents or [-1] * len(self.lengths)
         starts = [self.lengths[p] if p >= 0 else 0 for p in parents]
         spans = zip(starts, self.lengths, strict=True)
-        return torch.cat([torch.arange(start, start + n, device=device) for start, n in spans])
+        return torch.cat([torch.arange(start, start + n) for start, n in spans]).to(device)
 
     @cached_property
     def runs(self) -> list["Run"]:

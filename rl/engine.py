@@ -45,7 +45,7 @@ class Engine:
             )
         self.sampler: Sampler = make_sampler(
             # Samplers know no adapters: they are sent merged weights.
-            policy.causal_lm if config.lora is None else load_causal_lm(model),
+            policy.causal_lm if config.lora is None else load_causal_lm(model).to(world.device),
             backend=config.sampling.backend,
             dtype=config.sampling.dtype,
             max_model_len=config.sampling.max_prompt_tokens + config.sampling.max_tokens,

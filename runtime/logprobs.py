@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 # new pages; a GPU wants large matmuls.
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
 
+MIN_ROWS = 128
+"""Tokens of a chunk at least, whatever the vocabulary: the head's weights are read again for every chunk."""
+
 
 def token_logprobs(
     head: Callable[[Tensor], Tensor],
@@ -32,9 +35,11 @@ def token_logprobs(
     temperature 0 (greedy) is scored at temperature 1. chunk_elements: logits held at a time (CHUNK_ELEMENTS).
     """
     if chunk_elements is None:
-        chunk_elements = CHUNK_ELEMENTS.get(hidden_TD.device.type, CHUNK_ELEMENTS["cuda"])
+        elements = CHUNK_ELEMENTS.get(hidden_TD.device.type, CHUNK_ELEMENTS["cuda"])
+        rows = max(elements // vocab_size, MIN_ROWS)
+    else:
+        rows = max(chunk_elements // vocab_size, 1)
     scale = 1.0 / temperature if temperature > 0 else 1.0
-    rows = max(chunk_elements // vocab_size, 1)
     if type(head) is nn.Linear and head.bias is None:
         weight = head.weight
         if torch.is_autocast_enabled(hidden_TD.device.type):

@@ -147,7 +147,8 @@ def test_every_loss_has_one_gradient_however_it_is_divided(make_policy, off_poli
         divided = make_policy(**settings | division)
         divided.model, divided.reference = policy.model, policy.reference
         assert_same(gradients(divided, groups)[0], whole)
-    monkeypatch.setitem(runtime.logprobs.CHUNK_ELEMENTS, "cpu", 4 * 512)  # four tokens at a time through the head
+    monkeypatch.setitem(runtime.logprobs.CHUNK_ELEMENTS, "cpu", 4 * 512)
+    monkeypatch.setattr(runtime.logprobs, "MIN_ROWS", 4)  # four tokens at a time through the head
     assert_same(gradients(policy, groups)[0], whole)
 
 
