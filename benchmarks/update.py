@@ -45,7 +45,7 @@ from benchmarks._common import (
 )
 from deepseek_v3.routing import recorded, set_flips
 from rl.batch import make_batch, trainable
-from rl.config import GRPOConfig, OptimConfig, SamplingConfig
+from rl.config import GRPOConfig, LossConfig, OptimConfig, SamplingConfig
 from rl.policy import Policy
 from rl.types import Family, Group, Prompt
 from rl.update import Optimizer, update
@@ -135,7 +135,9 @@ def make_policy(folder: Path, microbatch_tokens: int = MICROBATCH_TOKENS[0]) -> 
     config = GRPOConfig(
         model=str(folder),
         group_size=G,
-        sampling=SamplingConfig(backend="native", max_tokens=4096, max_prompt_tokens=4096),
+        # The same groups again and again: in the end the policy is no longer the one that sampled them, and no matter.
+        sampling=SamplingConfig(backend="native", max_tokens=4096, max_prompt_tokens=4096, gap_limit=99.0),
+        loss=LossConfig(importance_floor=0.0),
         optim=OptimConfig(lr=LR, warmup_steps=0, microbatch_tokens=microbatch_tokens),
     )
     return Policy(config, World())
