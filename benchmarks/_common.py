@@ -28,6 +28,23 @@ from recipes.tiny import make_tokenizer
 STD = 0.08
 """Of the random weights: at the usual 0.02 every next token is about as likely and faults would hide (parity gates)."""
 
+TRL_AT_ITS_BEST: dict[str, Any] = dict(
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,  # on by default, and a forward pass more
+    num_iterations=1,
+    beta=0.0,
+    loss_type="grpo",
+    router_aux_loss_coef=0.0,
+    shuffle_dataset=False,
+    dataloader_pin_memory=False,
+    logging_strategy="no",
+    save_strategy="no",
+    report_to=[],
+    disable_tqdm=True,
+)
+"""Of TRL's `GRPOConfig`: on-policy GRPO in fp32 on a CPU, and nothing that only costs time."""
+
 
 class Turns:
     """A contestant's end of the pipe: iterate for requests, answer each."""

@@ -26,7 +26,18 @@ from typing import Any
 
 import torch
 
-from benchmarks._common import Contestant, Turns, fastest_peer, open_loop, ratio, setting, spread, table, timed
+from benchmarks._common import (
+    TRL_AT_ITS_BEST,
+    Contestant,
+    Turns,
+    fastest_peer,
+    open_loop,
+    ratio,
+    setting,
+    spread,
+    table,
+    timed,
+)
 from benchmarks.grpo_step import _batch, _peer_work
 from rewards import REWARDS
 from rl.prompts import PromptSource, make_source
@@ -91,28 +102,16 @@ def trl(turns: Turns, start: Path, seed: int, args: argparse.Namespace, final: P
         model=model,
         reward_funcs=REWARDS["accuracy"],
         args=GRPOConfig(
+            **TRL_AT_ITS_BEST,
             output_dir=str(final.with_name(f"{final.name}-run")),
             max_steps=args.steps,
             seed=seed,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
             per_device_train_batch_size=args.prompts * args.group,
             steps_per_generation=1,
             num_generations=args.group,
-            num_iterations=1,
             max_completion_length=args.tokens,
             temperature=1.0,
-            beta=0.0,
-            loss_type="grpo",
             scale_rewards="group",
-            router_aux_loss_coef=0.0,
-            shuffle_dataset=False,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

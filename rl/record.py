@@ -177,9 +177,9 @@ def _rows(group: Group, number: int, step: int, process: int, used: bool) -> lis
             "version": completion.version,
             "experts": None if completion.experts is None else completion.experts.ravel(),
             "answer": _text(group.prompt.columns.get("answer")),
-            "reward": _or_none(group.rewards[i]),
-            "advantage": _or_none(group.advantages[i]),
-            **{PART + name: _or_none(values[i]) for name, values in group.parts.items()},
+            "reward": or_none(group.rewards[i]),
+            "advantage": or_none(group.advantages[i]),
+            **{PART + name: or_none(values[i]) for name, values in group.parts.items()},
         }
         for i, (completion, completion_text) in enumerate(zip(group.completions, group.texts, strict=True))
     ]
@@ -209,9 +209,9 @@ def _group(rows: Sequence[Mapping[str, Any]], experts: Sequence[int] | None) -> 
             for row in rows
         ],
         texts=[row["completion_text"] for row in rows],
-        parts={name.removeprefix(PART): [_or_nan(r[name]) for r in rows] for name in first if name.startswith(PART)},
-        rewards=[_or_nan(row["reward"]) for row in rows],
-        advantages=[_or_nan(row["advantage"]) for row in rows],
+        parts={name.removeprefix(PART): [or_nan(r[name]) for r in rows] for name in first if name.startswith(PART)},
+        rewards=[or_nan(row["reward"]) for row in rows],
+        advantages=[or_nan(row["advantage"]) for row in rows],
     )
 
 
@@ -225,11 +225,13 @@ def _text(value: Any) -> str | None:
     return None if value is None or isinstance(value, Mapping) else str(value)
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
+    """Unknown (NaN) as a file holds it."""
     return None if math.isnan(value) else value
 
 
-def _or_nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """The way back."""
     return math.nan if value is None else value
 
 

@@ -6,7 +6,6 @@ see a step's rows in another order than they did where dynamic sampling took sev
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rl.flips import Change, Pair
-from rl.record import PART, SCHEMA, prompt_text
+from rl.record import PART, SCHEMA, or_nan, or_none, prompt_text
 from rl.rollout import punish_overlong, score, set_advantages
 from rl.score import Scorer
 from rl.types import Group, Prompt
@@ -138,14 +137,14 @@ def write_step(path: Path, pairs: Sequence[Pair]) -> None:
             "group": pair.number,
             "sample": i,
             "used": pair.used,
-            "reward_old": _or_none(pair.old.rewards[i]),
-            "reward_new": _or_none(pair.new.rewards[i]),
-            "advantage_old": _or_none(pair.old.advantages[i]),
-            "advantage_new": _or_none(pair.new.advantages[i]),
+            "reward_old": or_none(pair.old.rewards[i]),
+            "reward_new": or_none(pair.new.rewards[i]),
+            "advantage_old": or_none(pair.old.advantages[i]),
+            "advantage_new": or_none(pair.new.advantages[i]),
             "flipped": Change(pair=pair, sample=i).flipped,
             "unknown": "; ".join(pair.unknown[i]) or None,
-            **{f"old/{name}": _or_none(values[i]) for name, values in pair.old.parts.items()},
-            **{f"new/{name}": _or_none(values[i]) for name, values in pair.new.parts.items()},
+            **{f"old/{name}": or_none(values[i]) for name, values in pair.old.parts.items()},
+            **{f"new/{name}": or_none(values[i]) for name, values in pair.new.parts.items()},
         }
         for pair in pairs
         for i in range(len(pair.old.completions))
@@ -178,9 +177,9 @@ def _pair(rows: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> Pair:
             for row in rows
         ],
         texts=[row["completion_text"] for row in rows],
-        parts={name.removeprefix(PART): [_or_nan(row[name]) for row in rows] for name in parts},
-        rewards=[_or_nan(row["reward"]) for row in rows],
-        advantages=[_or_nan(row["advantage"]) for row in rows],
+        parts={name.removeprefix(PART): [or_nan(row[name]) for row in rows] for name in parts},
+        rewards=[or_nan(row["reward"]) for row in rows],
+        advantages=[or_nan(row["advantage"]) for row in rows],
     )
     new = replace(old, parts={}, rewards=[], advantages=[])
     return Pair(
@@ -192,11 +191,3 @@ def _pair(rows: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> Pair:
         new=new,
         unknown=[[] for _ in rows],
     )
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -4,15 +4,17 @@ With one optimizer step a rollout, π_old is π_θ itself and its log-probs come
 they are computed before the first step. The reference is a pass of its own, and only at β > 0.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepseek_v3.routing import Flips, replayed
 from rl.batch import batches, count_known, count_tokens, trainable
 from rl.config import GRPOConfig
 from rl.gap import check_gap
@@ -93,7 +95,7 @@ def update(
     """
     config, world = policy.config, policy.world
     minibatches = [_minibatch(policy, part) for part in _split(groups, config.optim.minibatches)]
-    flips: list[int] = [0, 0]
+    flips = Flips()
     stored, gap = None, {}
     if len(minibatches) * config.optim.epochs > 1:
         stored = [[_old_logprobs(policy, batch) for batch in m.batches] for m in minibatches]
@@ -143,7 +145,7 @@ def update(
     if config.loss.beta > 0:
         metrics["kl"] = kl / max(units, 1)
     if config.sampling.experts != "ignore":
-        flipped, routed = world.sum(torch.tensor(flips, dtype=torch.float64)).tolist()
+        flipped, routed = world.sum(torch.tensor([flips.flipped, flips.total], dtype=torch.float64)).tolist()
         metrics["router/flip_rate"] = flipped / max(routed, 1)
     return metrics
 
@@ -183,22 +185,12 @@ def _inputs(batch: Batch, logp: Tensor, old: Tensor, reference: Tensor | None) -
 
 @torch.no_grad()
 def _old_logprobs(policy: Policy, batch: Batch) -> Tensor:
-    with _experts(policy, batch, [0, 0]):
+    with _experts(policy, batch, Flips()):
         return policy.logprobs(batch)[0]
 
 
-@contextlib.contextmanager
-def _experts(policy: Policy, batch: Batch, flips: list[int]) -> Iterator[None]:
-    """The sampler's choice of experts in force or compared with (R3), forward and backward; nothing if unrecorded.
-
-    flips: [choices that differ, choices], added to.
-    """
+def _experts(policy: Policy, batch: Batch, flips: Flips) -> AbstractContextManager[Any]:
+    """The sampler's choice of experts in force or compared with (R3), forward and backward; nothing if unrecorded."""
     if batch.experts_LTK is None:
-        yield
-        return
-    from deepseek_v3.routing import replayed
-
-    with replayed(policy.model, batch.experts_LTK, use=policy.config.sampling.experts == "replay") as counted:
-        yield
-    flips[0] += counted.flipped
-    flips[1] += counted.total
+        return nullcontext()
+    return replayed(policy.model, batch.experts_LTK, use=policy.config.sampling.experts == "replay", flips=flips)
