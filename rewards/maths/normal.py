@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+from rewards.maths.identities import rewritten
 from rewards.maths.polynomials import (
     MAX_BITS,
     ONE,
@@ -39,12 +40,14 @@ from rewards.maths.polynomials import (
 from rewards.maths.tree import Constant, Function, Matrix, Node, Number, Power, Product, Quantity, Sum, Variable
 
 MAX_SUMMANDS = 300
+_I_PI = (("i", Fraction(1)), ("pi", Fraction(1)))
 
 
 def equal(left: Node, right: Node) -> bool:
     """Whether both have the same form. Raises TooCostly and Undefined."""
     a, b, meter = form(left), form(right), Meter()
-    return add(multiply(a.top, b.bottom, meter), multiply(b.top, a.bottom, meter), Fraction(-1)) == {}
+    difference = add(multiply(a.top, b.bottom, meter), multiply(b.top, a.bottom, meter), Fraction(-1))
+    return not difference or not _cleared(difference)
 
 
 def constant_ratio(left: Node, right: Node, *, cleared: bool = False) -> Fraction | None:
@@ -74,8 +77,11 @@ def _cleared(polynomial: Polynomial) -> Polynomial:
     for monomial in polynomial:
         for atom, power in monomial:
             lowest[atom] = min(lowest.get(atom, Fraction(0)), power)
-    factor = tuple((atom, -power) for atom, power in sorted(lowest.items(), key=repr) if power)
-    return multiply(polynomial, {factor: Fraction(1)}, Meter())
+    result: Polynomial = {}
+    for monomial, value in polynomial.items():
+        powers = {atom: dict(monomial).get(atom, Fraction(0)) - lowest[atom] for atom in lowest}
+        result = add(result, tidied(powers), value)
+    return result
 
 
 class _Builder:
@@ -142,6 +148,12 @@ class _Builder:
             term = joined(monomial, tuple((atom, -power) for atom, power in divisor))
             for rest, factor in term.items():
                 share = coefficient * factor / scale
+                if rest == _I_PI and base == single("e"):
+                    turn = rewritten("cos", [single("pi", coefficient=share)], self)
+                    up = rewritten("sin", [single("pi", coefficient=share)], self)
+                    if turn is not None and up is not None:  # Euler
+                        result = self.times(result, self.add(turn, self.times(single("i"), up)))
+                        continue
                 if not rest:
                     result = self.times(result, self.power(base, number(share)))
                 else:
@@ -201,6 +213,8 @@ class _Builder:
             value = _EXACT[node.name](*values)
             if value is not None:
                 return number(value)
+        if (simpler := rewritten(node.name, arguments, self)) is not None:
+            return simpler
         return single((node.name, *(argument.key() for argument in arguments)))
 
     def log(self, argument: Form) -> Form:

@@ -141,7 +141,7 @@ def joined(a: Monomial, b: Monomial) -> Polynomial:
 
 def tidied(powers: dict[Atom, Fraction]) -> Polynomial:
     coefficient, kept = Fraction(1), {}
-    roots: list[tuple[Atom, int]] = []
+    sums: list[tuple[Polynomial, int]] = []
     for atom, power in powers.items():
         if isinstance(atom, int) or atom == "i" or (isinstance(atom, tuple) and atom[0] == "root"):
             whole = math.floor(power)
@@ -152,15 +152,19 @@ def tidied(powers: dict[Atom, Fraction]) -> Polynomial:
                 coefficient *= (1, 1, -1, -1)[whole % 4]
                 power = Fraction(whole % 2)
             elif atom != "i" and whole > 0:
-                roots.append((atom, whole))
+                sums.append((dict(atom[1]), whole))
                 power -= whole
+        elif isinstance(atom, tuple) and atom[0] == "cos" and power >= 2 and power.denominator == 1:
+            sine = (("sin", atom[1]), Fraction(2))
+            sums.append(({(): Fraction(1), (sine,): Fraction(-1)}, int(power) // 2))
+            power %= 2
         if power:
             kept[atom] = power
     result: Polynomial = {tuple(sorted(kept.items(), key=by_text)): coefficient}
-    for atom, whole in roots:
+    for polynomial, whole in sums:
         meter = Meter()
         for _ in range(whole):
-            result = multiply(result, dict(atom[1]), meter)
+            result = multiply(result, polynomial, meter)
     return result
 
 
