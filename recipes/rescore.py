@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.text import Text
 
 from recipes.cli import main
+from rewards.compose import reward_name
 from rl.flips import Change, Pair, Tally, changes, most_telling, tally
 from rl.record import prompt_text
 from rl.rescore import Problems, Rescoring, read_pairs, rescore_step, write_step
-from rl.score import Scorer, reward_name
+from rl.score import Scorer
 from runtime.errors import UserError
 from runtime.files import make_folder, write_durably
 from runtime.progress import track_steps, visible
@@ -53,6 +54,8 @@ class RescoreConfig:
     """Folder of the run, finished or going on."""
     rewards: dict[str, float] | None = None
     """Reward -> weight, as for recipes.grpo. Unset: the run's own, called again."""
+    gates: dict[str, str] | None = None
+    """Reward -> the reward that must be 1 for it to be paid. Unset: the run's, of rewards that are still paid."""
     advantage: Literal["grpo", "dr_grpo", "rloo"] | None = None
     """How completions of a group are compared. Unset: as in the run."""
     overlong_buffer: int | None = None
@@ -165,8 +168,15 @@ def settle(config: RescoreConfig, rewards: RewardFunctions | None, folder: Path)
         return own[name] if given is None else given
 
     given = config.rewards if rewards is None else rewards
+    paid: Mapping[Any, float] = saved.get("rewards") or {} if given is None else given
+    gates = saved.get("gates") or {}
+    if config.gates is not None:
+        gates = config.gates
+    elif given is not None:
+        gates = {gated: gate for gated, gate in gates.items() if gated in map(reward_name, paid)}
     settings = Rescoring(
-        rewards=saved.get("rewards") or {} if given is None else given,
+        rewards=paid,
+        gates=gates,
         advantage=setting("loss.advantage", config.advantage),
         overlong_buffer=setting("overlong_buffer", config.overlong_buffer),
         max_tokens=setting("sampling.max_tokens"),
@@ -182,6 +192,7 @@ def describe(config: RescoreConfig, settings: Rescoring, data: str) -> dict[str,
     return {
         "run": Path(config.run_dir).resolve().name,
         "rewards": {reward_name(reward): weight for reward, weight in settings.rewards.items()},
+        "gates": dict(settings.gates),
         "advantage": settings.advantage,
         "overlong_buffer": settings.overlong_buffer,
         "data": data,
@@ -263,7 +274,7 @@ def _scorer(settings: Rescoring) -> Iterator[Scorer]:
     """Its processes have started: a reward that doesn't exist or can't be imported is the user's to mend."""
     with contextlib.ExitStack() as stack:
         try:
-            scorer = stack.enter_context(Scorer(settings.rewards, time_limit=settings.time_limit))
+            scorer = stack.enter_context(Scorer(settings.rewards, gates=settings.gates, time_limit=settings.time_limit))
             scorer.start()
         except ValueError as error:
             raise UserError(str(error)) from error

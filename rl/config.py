@@ -6,6 +6,7 @@ Defaults are the run that `make grpo` does: the tiny model on two cores, vLLM sa
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rewards.compose import check_gates
 from runtime.errors import UserError
 
 
@@ -232,7 +233,11 @@ class GRPOConfig:
     data: str = "stories"
     """Problems: a JSONL or Parquet file or a `datasets` name with prompt/answer or GSM8K's columns, or "stories"."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 0.0})
-    """Reward -> weight: "accuracy", "format", or your own function's dotted name. Weight 0: measured, not paid."""
+    """Reward -> weight: "accuracy", "format", "language(language=zh)", or your own function's dotted name. Weight 0:
+    measured, not paid."""
+    gates: dict[str, str] = field(default_factory=dict)
+    """Reward -> the reward that must be 1 for it to be paid: {"format": "accuracy"} pays for format where the answer is
+    right. Metrics show every reward as it is."""
     overlong_buffer: int = 0
     """DAPO's soft overlong punishment (eq. 13): in the last so many tokens before max_tokens the reward falls in a
     line from 0 to −1, and a completion that is cut gets −1; 0: off. It is added to the reward with weight 1."""
@@ -294,6 +299,10 @@ class GRPOConfig:
             any(self.rewards.values()),
             f"rewards={self.rewards}: at least one needs a weight other than 0",
         )
+        try:
+            check_gates(self.gates, self.rewards)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         _require(
             self.lora is None or self.loss.reference_every == 0,
             f"loss.reference_every={self.loss.reference_every}: under LoRA the reference is the model without its "

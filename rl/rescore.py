@@ -31,6 +31,8 @@ class Rescoring:
 
     rewards: Mapping[Any, float]
     """Name or callable -> weight."""
+    gates: Mapping[str, str]
+    """Reward -> the one that must be 1 for it to be paid, by name."""
     advantage: str
     """As `loss.advantage`."""
     overlong_buffer: int

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rewards.overlong import overlong_punishment
+from rewards.length import overlong_punishment
 from rl.advantage import group_advantages
 from rl.score import Scorer, Scores
 from rl.types import Group, Prompt

@@ -5,7 +5,6 @@ that raises, hangs, crashes or miscounts makes only the guilty rows unknown (NaN
 what unknown rows mean for their group (rl/advantage.py); safety (this bounds time and crashes, no more).
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rewards import resolve
+from rewards.compose import check_gates, named, reward_name, weighted_sum
 from rewards.process import RewardProcess, WorkerError
 
 # What the trainer passes by these names; the first three TRL drops from the columns as well.
@@ -39,7 +39,7 @@ class Scores:
     parts: dict[str, list[float]]
     """Reward name -> N values, unweighted; NaN = unknown."""
     total: list[float]
-    """N weighted sums; NaN if a part with a non-zero weight is unknown."""
+    """N weighted sums; NaN if a part that counts is unknown."""
     unknown: list[Unknown]
     """Every unknown value with its reason, those of weight 0 too."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -65,6 +65,7 @@ class Scorer:
         self,
         rewards: Mapping[str | Callable[..., Any], float],
         *,
+        gates: Mapping[str, str] | None = None,
         time_limit: float = 10.0,
         max_failures: int = 8,
         start_limit: float = 120.0,
@@ -72,29 +73,24 @@ class Scorer:
         """Nothing is started yet: see `start`.
 
         rewards: built-in name, dotted name or callable -> weight. At weight 0 it is measured, not paid.
+        gates: reward -> the reward that must be 1 for it to count in the total (rewards/compose.py), both by name.
         time_limit: seconds per call of one function, for a batch or for one row of a batch that failed.
         max_failures: after so many failed rows of a batch, or so many time limits spent on going row by row,
             the rest of it is unknown to that reward.
         start_limit: seconds to start a process and import the function.
         """
-        if not rewards:
-            raise ValueError("rewards is empty: give at least one reward function and its weight")
         if not time_limit > 0:
             raise ValueError(f"time_limit={time_limit}: give a positive number of seconds")
         if max_failures < 1:
             raise ValueError(f"max_failures={max_failures}: use 1 or more")
         self.time_limit, self.max_failures = time_limit, max_failures
-        self.weights: dict[str, float] = {}
+        self.weights, self.gates = named(rewards), dict(gates or {})
+        check_gates(self.gates, self.weights)
         self._processes: dict[str, RewardProcess] = {}
-        for reward, weight in rewards.items():
+        for reward in rewards:
             name = reward_name(reward)
-            if name in self.weights:
-                raise ValueError(f"rewards: two functions are called {name!r}; rename one")
-            if not math.isfinite(weight):
-                raise ValueError(f"rewards: the weight of {name!r} is {weight}; use a finite number")
-            if isinstance(reward, str) and not {".", ":"} & set(reward):
+            if isinstance(reward, str) and not {".", ":"} & set(reward.partition("(")[0]):
                 resolve(reward)  # an unknown built-in name fails here; dotted ones import in their process
-            self.weights[name] = weight
             self._processes[name] = RewardProcess(reward, name=name, start_limit=start_limit)
         # One thread each, for good: a process dies with the thread that started it.
         self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in self.weights}
@@ -125,7 +121,6 @@ class Scorer:
         n = len(completions)
         parts = self._on_threads(lambda name: self._score_part(name, arguments, n, step)) if n else {}
         values = {name: parts[name].values if n else [] for name in self.weights}
-        paid = [(weight, values[name]) for name, weight in self.weights.items() if weight != 0]
         logged: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
         for part in parts.values():
@@ -134,7 +129,7 @@ class Scorer:
             extra.update(part.columns)
         return Scores(
             parts=values,
-            total=[math.fsum(weight * part[row] for weight, part in paid) for row in range(n)],
+            total=weighted_sum(values, self.weights, self.gates),
             unknown=sorted(
                 (unknown for part in parts.values() for unknown in part.unknown),
                 key=lambda u: (u.row, u.reward),
@@ -229,10 +224,3 @@ class Scorer:
             part.metrics.setdefault(metric, []).extend(numbers)
         for column, values in reply["columns"].items():
             part.columns.setdefault(column, [None] * len(part.values))[rows.start : rows.stop] = values
-
-
-def reward_name(reward: str | Callable[..., Any]) -> str:
-    """What metrics call a reward: a name as it was given; of a callable, what TRL calls it."""
-    while isinstance(reward, functools.partial):
-        reward = reward.func
-    return reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)

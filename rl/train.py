@@ -83,7 +83,8 @@ def train(
 ) -> Result:
     """Run GRPO to the end, or to the checkpoint a signal asks for.
 
-    rewards: callables (or names) with their weights, instead of `config.rewards`; for notebooks.
+    rewards: callables (or names) with their weights, instead of `config.rewards`; for notebooks. Gates, if any, name
+        rewards of both.
     named_models: makers of checkpoints that `config.model` may name, say {"tiny": recipes.tiny.tiny_checkpoint}. Called
         once the run folder is ours, and not at all when a checkpoint in it is resumed.
     Raises UserError for settings, data or folders that can't be used.
@@ -432,7 +433,7 @@ def _scorer(rewards: Mapping[Any, float], config: GRPOConfig) -> Scorer:
     """Its processes are started, so that a reward that can't be loaded is found now and not after the first rollout."""
     with contextlib.ExitStack() as stack:
         try:
-            scorer = stack.enter_context(Scorer(rewards, time_limit=config.reward_time_limit))
+            scorer = stack.enter_context(Scorer(rewards, gates=config.gates, time_limit=config.reward_time_limit))
             scorer.start()
         except ValueError as error:
             raise UserError(f"rewards: {error}") from error

@@ -67,7 +67,7 @@ def make_run(folder, groups, *, spare=(), rewards=None, step=1, data="nowhere.js
     (folder / "rollouts").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
     everything = [*groups, *spare]
-    with Scorer(config.rewards) as scorer:
+    with Scorer(config.rewards, gates=config.gates) as scorer:
         score(everything, scorer)
     if config.overlong_buffer:
         punish_overlong(everything, max_tokens=config.sampling.max_tokens, buffer=config.overlong_buffer)
@@ -171,6 +171,20 @@ def test_overlong_punishment_is_the_runs_own_or_the_one_asked_for(tmp_path):
     assert [row["reward_new"] for row in stored(again(run, overlong_buffer=0))] == [1.0, 0.0]
     with pytest.raises(UserError, match="overlong_buffer=8: the run's max_tokens are 8"):
         again(run, overlong_buffer=8)
+
+
+def test_gates_are_the_runs_own_or_those_asked_for(tmp_path):
+    rewards = {"accuracy": 1.0, "format": 0.5}
+    gated = {"format": "accuracy"}
+    run = make_run(tmp_path, [group([box(7), box(1), "7"])], rewards=rewards, gates=gated)
+    assert [row["reward_old"] for row in stored(again(run))] == [1.5, 0.0, 0.0]
+    assert [row["reward_new"] for row in stored(again(run))] == [1.5, 0.0, 0.0]
+    assert [row["reward_new"] for row in stored(again(run, gates={}))] == [1.5, 0.5, 0.0]
+    assert [row["reward_new"] for row in stored(again(run, {"accuracy": 1.0}))] == [1.0, 0.0, 0.0]
+    with pytest.raises(UserError, match="'accuracy' is not one of the rewards"):
+        again(run, {"format": 1.0})
+    opposite = again(run, {wrong(): 1.0, "format": 0.5}, gates={"format": "unlike_the_answer"})
+    assert [row["reward_new"] for row in stored(opposite)] == [0.0, 1.5, 1.0]
 
 
 def test_what_rewards_can_not_judge_is_unknown_and_counted(tmp_path):

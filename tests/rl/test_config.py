@@ -42,6 +42,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "recipes/configs").glob("*.yaml"))
         (lambda: LossConfig(beta=0.1, kl="k1", kl_gradient="direct"), r"loss\.kl=k1 .*not the KL's.*use unbiased"),
         (lambda: DynamicSamplingConfig(max_rounds=-1), r"dynamic_sampling\.max_rounds=-1: use 0 for off"),
         (lambda: CurriculumConfig(floor=0.0), r"curriculum\.floor=0\.0: a chance in \(0, 1\]"),
+        (lambda: GRPOConfig(gates={"format": "acuracy"}), r"gates: 'acuracy' is not .*did you mean 'accuracy'"),
+        (
+            lambda: GRPOConfig(gates={"format": "accuracy", "accuracy": "format"}),
+            r"gates: format waits for accuracy waits for format",
+        ),
         (lambda: GRPOConfig(overlong_buffer=40), r"overlong_buffer=40: must be below sampling\.max_tokens=40"),
         (lambda: OptimConfig(lr=0), r"optim\.lr=0: .*must be positive"),
         (lambda: OptimConfig(minibatches=0), r"optim\.minibatches=0: must be at least 1"),

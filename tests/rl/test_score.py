@@ -71,6 +71,22 @@ def test_an_unknown_part_makes_the_total_unknown_unless_its_weight_is_zero() -> 
     assert paid.unknown == measured.unknown == [Unknown(row=1, reward="accuracy", reason="returned None")]
 
 
+def test_a_gated_reward_is_paid_where_its_gate_is_one_and_reported_everywhere() -> None:
+    columns = {"answer": ["3", "3", None, None]}
+    completions = [GOOD, BAD, GOOD, "3"]
+    with Scorer({"accuracy": 0.0, "format": 0.25}, gates={"format": "accuracy"}) as scorer:
+        scores = scorer.score(["p"] * 4, completions, [[1]] * 4, columns)
+        assert scorer.score([], [], [], {"answer": []}).total == []
+    assert scores.parts["format"] == [1.0, 1.0, 1.0, 0.0]
+    assert scores.total[:2] == [0.25, 0.0] and math.isnan(scores.total[2])
+    assert scores.total[3] == 0.0  # without the format, the unknown accuracy doesn't matter
+
+
+def test_options_reach_a_reward_in_its_process() -> None:
+    with Scorer({"rewards.length.length_reward(max_tokens=4, buffer=2)": 1.0}) as scorer:
+        assert scorer.score(["p"] * 3, ["a"] * 3, [[1] * 2, [1] * 3, [1] * 9]).total == [0.0, -0.5, -1.0]
+
+
 def test_a_call_looks_as_trl_makes_it() -> None:
     def reward(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         columns["log_metric"]("pairs", 1)
@@ -308,11 +324,17 @@ def test_a_worker_dies_with_its_parent_even_in_a_hang(tmp_path: Path) -> None:
         ({"acuracy": 1.0}, "did you mean 'accuracy'"),
         ({"accuracy": math.nan}, "weight of 'accuracy' is nan"),
         ({(lambda: 0): 1.0, (lambda: 1): 1.0}, "two functions are called '<lambda>'"),
+        ({"lenght(max_tokens=4.5)": 1.0}, "did you mean 'length'"),
     ],
 )
 def test_a_bad_configuration_fails_before_anything_starts(rewards: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scorer(rewards)
+
+
+def test_a_gate_between_rewards_that_are_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gates: 'acuracy' is not one of the rewards \(did you mean 'accuracy'\?\)"):
+        Scorer({"accuracy": 1.0, "format": 1.0}, gates={"format": "acuracy"})
 
 
 def test_a_reward_that_cannot_be_loaded_is_an_error_not_a_batch_of_unknowns() -> None:
