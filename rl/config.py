@@ -8,11 +8,7 @@ from typing import Literal
 
 from rewards.compose import check_gates
 from runtime.errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from runtime.settings import CheckpointConfig, LoraConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +46,18 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         cuts = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0)}
         for name, (value, off) in (cuts | {"repetition_penalty": (self.repetition_penalty, 1.0)}).items():
-            _require(
+            require(
                 value == off,
                 f"sampling.{name}={value}: only {off} (off) can be trained on. The sampler would draw from a changed "
                 "distribution whose log-probs the trainer can't reproduce, and every ratio would be biased",
             )
-        _require(
+        require(
             self.temperature > 0,
             f"sampling.temperature={self.temperature}: a rollout needs randomness; use e.g. 1.0",
         )
         for name in ("max_tokens", "max_prompt_tokens", "time_limit"):
-            _require(getattr(self, name) > 0, f"sampling.{name}={getattr(self, name)}: must be positive")
-        _require(self.max_restarts >= 0, f"sampling.max_restarts={self.max_restarts}: use 0 for none")
+            require(getattr(self, name) > 0, f"sampling.{name}={getattr(self, name)}: must be positive")
+        require(self.max_restarts >= 0, f"sampling.max_restarts={self.max_restarts}: use 0 for none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +99,23 @@ class LossConfig:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def __post_init__(self) -> None:
-        _require(self.epsilon > 0, f"loss.epsilon={self.epsilon}: the clip range must be positive")
-        _require(self.clip_high > 0, f"loss.epsilon_high={self.epsilon_high}: the clip range must be positive")
-        _require(self.beta >= 0, f"loss.beta={self.beta}: the KL weight can't be negative")
-        _require(
+        require(self.epsilon > 0, f"loss.epsilon={self.epsilon}: the clip range must be positive")
+        require(self.clip_high > 0, f"loss.epsilon_high={self.epsilon_high}: the clip range must be positive")
+        require(self.beta >= 0, f"loss.beta={self.beta}: the KL weight can't be negative")
+        require(
             self.beta == 0 or self.kl != "k1" or self.kl_gradient == "unbiased",
             "loss.kl=k1 with loss.kl_gradient=direct: that gradient is not the KL's, but noise on policy, and a pull "
             "towards long answers where the loss divides by length; use unbiased",
         )
-        _require(
+        require(
             self.reference_every >= 0,
             f"loss.reference_every={self.reference_every}: steps, 0 for never",
         )
-        _require(
+        require(
             self.importance_cap >= 1,
             f"loss.importance_cap={self.importance_cap}: at least 1; loss.importance=none turns the correction off",
         )
-        _require(0 <= self.importance_floor < 1, f"loss.importance_floor={self.importance_floor}: a share below 1")
+        require(0 <= self.importance_floor < 1, f"loss.importance_floor={self.importance_floor}: a share below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +127,7 @@ class DynamicSamplingConfig:
     recorded, and a step whose rounds run out trains on the groups it has."""
 
     def __post_init__(self) -> None:
-        _require(self.max_rounds >= 0, f"dynamic_sampling.max_rounds={self.max_rounds}: use 0 for off")
+        require(self.max_rounds >= 0, f"dynamic_sampling.max_rounds={self.max_rounds}: use 0 for off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +144,8 @@ class CurriculumConfig:
     """Least chance of a prompt to be taken when its turn comes, so that none is given up for good."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.floor <= 1, f"curriculum.floor={self.floor}: a chance in (0, 1]")
-        _require(self.column_weight >= 0, f"curriculum.column_weight={self.column_weight}: can't be negative")
+        require(0 < self.floor <= 1, f"curriculum.floor={self.floor}: a chance in (0, 1]")
+        require(self.column_weight >= 0, f"curriculum.column_weight={self.column_weight}: can't be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,38 +172,9 @@ class OptimConfig:
     """Compute a group's prompt once for all its completions. Changes the cost, never the result."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr={self.lr}: the learning rate must be positive")
+        require(self.lr > 0, f"optim.lr={self.lr}: the learning rate must be positive")
         for name in ("minibatches", "epochs", "microbatch_tokens"):
-            _require(getattr(self, name) >= 1, f"optim.{name}={getattr(self, name)}: must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Train low-rank adapters (arXiv 2106.09685) instead of all weights."""
-
-    rank: int = 8
-    """Rank r of each adapter."""
-    alpha: float = 16.0
-    """Scale: adapters are added times alpha / rank."""
-    target_modules: tuple[str, ...] | Literal["attention"] = "attention"
-    """Module names to adapt; "attention": every attention projection of the model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save."""
-
-    every: int = 25
-    """Steps between checkpoints; 0: only the final one (and on SIGTERM)."""
-    keep: int = 2
-    """How many to keep, besides the final one."""
-    watchdog: float = 900.0
-    """Seconds without progress after which the log names the phase that hangs, and all stacks go to the run folder;
-    0: off."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, f"checkpoint.every={self.every}: steps, 0 for only the final checkpoint")
-        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: at least the newest checkpoint must be kept")
+            require(getattr(self, name) >= 1, f"optim.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,25 +244,25 @@ class GRPOConfig:
     """Held-out accuracy."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps={self.steps}: take at least one")
-        _require(
+        require(self.steps >= 1, f"steps={self.steps}: take at least one")
+        require(
             self.group_size >= 2,
             f"group_size={self.group_size}: an advantage compares answers to one prompt, so sample at least 2",
         )
-        _require(
+        require(
             self.prompts_per_step >= 1,
             f"prompts_per_step={self.prompts_per_step}: take at least one prompt",
         )
-        _require(
+        require(
             self.prompts_per_step % self.optim.minibatches == 0,
             f"optim.minibatches={self.optim.minibatches}: must divide prompts_per_step={self.prompts_per_step}, "
             "because a group stays in one minibatch",
         )
-        _require(
+        require(
             0 <= self.overlong_buffer < self.sampling.max_tokens,
             f"overlong_buffer={self.overlong_buffer}: must be below sampling.max_tokens={self.sampling.max_tokens}",
         )
-        _require(
+        require(
             any(self.rewards.values()),
             f"rewards={self.rewards}: at least one needs a weight other than 0",
         )
@@ -303,12 +270,12 @@ class GRPOConfig:
             check_gates(self.gates, self.rewards)
         except ValueError as error:
             raise UserError(str(error)) from error
-        _require(
+        require(
             self.lora is None or self.loss.reference_every == 0,
             f"loss.reference_every={self.loss.reference_every}: under LoRA the reference is the model without its "
             "adapters, which can't be replaced; use 0",
         )
-        _require(
+        require(
             not self.resume or self.run_dir is not None,
             "resume=True: name the run to continue with run_dir",
         )

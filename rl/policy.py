@@ -9,18 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl.config import GRPOConfig, LoraConfig
+from rl.config import GRPOConfig
 from rl.types import Batch
+from runtime.adapters import add_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer
 from runtime.packed import logprobs_at, plain_model, score_sequences
-from runtime.weights import checkpoint_tensors
-
-ATTENTION_PROJECTIONS = (
-    *("q_proj", "k_proj", "v_proj", "o_proj"),
-    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-)
+from runtime.weights import save_pretrained
 
 
 class Policy:
@@ -81,30 +77,4 @@ class Policy:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a checkpoint that transformers and vLLM load as it is; adapters are merged in."""
-        from huggingface_hub import save_torch_state_dict
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().clone() for name, tensor in checkpoint_tensors(self.model)}
-        save_torch_state_dict(weights, folder)
-        self.causal_lm.config.save_pretrained(folder)
-        self.causal_lm.generation_config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-
-def add_adapters(base: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
-    """LoRA on the named modules; the base is frozen. Adapters start as zero, so π is unchanged."""
-    import peft
-
-    base.requires_grad_(False)
-    targets = list(lora.target_modules)
-    if lora.target_modules == "attention":
-        present = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-        targets = [name for name in ATTENTION_PROJECTIONS if name in present]
-        if not targets:
-            raise UserError(
-                "lora.target_modules='attention': the model has none of "
-                f"{', '.join(ATTENTION_PROJECTIONS)}; name its modules instead"
-            )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return peft.get_peft_model(base, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+        save_pretrained(folder, self.model, self.tokenizer)

@@ -5,18 +5,16 @@ keep: how far the run is, what its curriculum has seen, the generators' states, 
 replaced.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rl.curriculum import Curriculum
 from rl.policy import Policy
 from rl.update import Optimizer
 from runtime.errors import UserError
+from runtime.models import tokenizer_hash
 from runtime.state import load_state, rng_state, save_state, set_rng_state
 from runtime.weights import checkpoint_tensors, checkpoint_views
 
@@ -80,9 +78,3 @@ def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer, curr
     set_rng_state(trainer["rng"])
     curriculum.load(trainer["curriculum"])
     return Progress(**trainer["progress"])
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides which tokens a prompt becomes and which one ends a completion."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

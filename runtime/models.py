@@ -3,6 +3,8 @@
 DeepSeek-V3 checkpoints load into our own definition, any other architecture into transformers'. No remote code runs.
 """
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,12 @@ def load_causal_lm(path: str | Path, *, dtype: torch.dtype = torch.float32, **kw
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a checkpoint."""
     return _from_path(AutoTokenizer.from_pretrained, path)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides which tokens a prompt becomes and which one ends a completion."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _from_path(load: Any, path: str | Path, **kwargs: Any) -> Any:

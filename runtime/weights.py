@@ -5,13 +5,28 @@ is never touched: merging in place and back would let the base drift by a roundi
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from runtime.packed import plain_model
+
+
+def save_pretrained(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a checkpoint that transformers and vLLM load as it is; adapters are merged in."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().clone() for name, tensor in checkpoint_tensors(model)}
+    save_torch_state_dict(weights, folder)
+    causal_lm = plain_model(model)
+    causal_lm.config.save_pretrained(folder)
+    if causal_lm.generation_config is not None:
+        causal_lm.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from rl.batch import make_batch
 from rl.config import GRPOConfig, LoraConfig
-from rl.policy import ATTENTION_PROJECTIONS, Policy
+from rl.policy import Policy
 from rl.types import Batch, Family, Sample
+from runtime.adapters import ATTENTION_PROJECTIONS
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer
@@ -160,7 +161,7 @@ def test_a_missing_model_is_named():
 def test_attention_names_no_model_has_are_refused_with_the_remedy():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from rl.policy import add_adapters
+    from runtime.adapters import add_adapters
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UserError, match=r"lora\.target_modules='attention': .*name its modules instead"):

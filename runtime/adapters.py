@@ -1,0 +1,32 @@
+"""A model -> the same model with low-rank adapters to train (arXiv 2106.09685)."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from runtime.errors import UserError
+from runtime.settings import LoraConfig
+
+ATTENTION_PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+)
+
+
+def add_adapters(base: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
+    """LoRA on the named modules; the base is frozen. Adapters start as zero, so π is unchanged."""
+    import peft
+
+    base.requires_grad_(False)
+    targets = list(lora.target_modules)
+    if lora.target_modules == "attention":
+        present = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+        targets = [name for name in ATTENTION_PROJECTIONS if name in present]
+        if not targets:
+            raise UserError(
+                "lora.target_modules='attention': the model has none of "
+                f"{', '.join(ATTENTION_PROJECTIONS)}; name its modules instead"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(base, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
