@@ -46,6 +46,8 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         # Each is given a forward's choice (T, K) and returns the one to take: routing.py records and replays by them.
         self.on_choice: list[Callable[[Tensor], Tensor]] = []
+        # Each is shown a forward's scores (T, E) and the choice taken: what balancing loads looks at.
+        self.on_scores: list[Callable[[Tensor, Tensor], None]] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         # b accumulates steps of 0.001 and is released in fp32: a cast of the model must not round it.
@@ -69,10 +71,25 @@ class Router(nn.Module):
         chosen_TK = c_TE.topk(self.top_k, dim=-1).indices
         for hook in self.on_choice:
             chosen_TK = hook(chosen_TK)
+        for show in self.on_scores:
+            show(s_TE, chosen_TK)
         gates_TK = s_TE.gather(1, chosen_TK)
         if self.normalise:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         return chosen_TK, gates_TK * self.scale
+
+
+MANY_TOKENS = 128
+"""From so many tokens on, no token's output depends on the others' on a CPU, not even in its last bit."""
+_MIN_ROWS = 16
+
+
+def _rowwise_linear(x_SD: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. CPU libraries add up products of a few rows in another order than of many: few are padded."""
+    rows = len(x_SD)
+    if rows == 0 or rows >= _MIN_ROWS:
+        return F.linear(x_SD, weight)
+    return F.linear(F.pad(x_SD, (0, 0, 0, _MIN_ROWS - rows)), weight)[:rows]
 
 
 class Experts(nn.Module):
@@ -94,7 +111,9 @@ class Experts(nn.Module):
         def by_expert(x_SD: Tensor, weight: Tensor) -> Tensor:
             # unbind once: indexing a fused parameter per expert would add a full-size gradient for each.
             blocks = zip(x_SD.split(counts_E), weight.unbind(0), strict=True)
-            return torch.cat([F.linear(x, w) for x, w in blocks])
+            return torch.cat([linear(x, w) for x, w in blocks])
+
+        linear = _rowwise_linear if x_TD.device.type == "cpu" and T >= MANY_TOKENS else F.linear
 
         gate_SI, up_SI = by_expert(x_TD[order_S // K], self.gate_up_proj).chunk(2, dim=-1)
         y_SD = by_expert(F.silu(gate_SI) * up_SI, self.down_proj)

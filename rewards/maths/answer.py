@@ -27,6 +27,7 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _NUMBER_SETS = re.compile(r"\\mathbf\s*\{\s*[RZNQ]\s*\}")
+_LEADING = re.compile(r"\A(?:=(?!=)\s*|≈\s*|\\approx(?![A-Za-z])\s*|\\text(?:bf)?\s*\{[A-Za-z ]*:\s*\}\s*)")
 _TRAILING = re.compile(r"(?:\s|\\[,;:!> ]|(?<!\\)[,;]|\\\\|\\$)+$")
 _HALF_DAY = re.compile(r"(?<=[0-9\s{])([ap])\.?\s?m\b\.?(?![A-Za-z])", re.IGNORECASE)
 _SPACING = re.compile(r"\\[,;:!> ]|~|\\q?quad(?![A-Za-z])|\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])|\s+")
@@ -119,8 +120,7 @@ def undress(text: str) -> str:
                 text = inner.strip()
         if (match := _WRAPPER.match(text)) and not _NUMBER_SETS.fullmatch(text) and _closes_at_end(text, match.end()):
             text = text[match.end() : -1].strip()
-        if text.startswith(("= ", "=", "≈")) and not text.startswith("=="):
-            text = text[1:].lstrip()
+        text = _LEADING.sub("", text)
         if text == before:
             return text
 

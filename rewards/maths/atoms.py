@@ -5,6 +5,7 @@ What may stand between brackets is the grammar's (rewards/maths/parser.py), whic
 
 from abc import ABC, abstractmethod
 from fractions import Fraction
+from string import ascii_uppercase
 
 from rewards.maths.cursor import Cursor
 from rewards.maths.tokens import CONSTANTS, FUNCTIONS, GREEK, SETS, Token, Unreadable
@@ -20,13 +21,15 @@ from rewards.maths.tree import (
     Product,
     Quantity,
     Relation,
-    Sum,
+    SetOperation,
     Variable,
+    replaced,
 )
 
-MAX_DEPTH = 40
+MAX_DEPTH = 60
 _CLOSERS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), "⟨": ("⟩",), "⌊": ("⌋",), "⌈": ("⌉",), "‖": ("‖",)}
 _AMONG_WORDS = tuple("arcsin arccos arctan sqrt cbrt sinh cosh tanh sin cos tan cot sec csc log exp ln pi".split())
+_BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix smallmatrix array vmatrix Vmatrix cases aligned align".split())
 MINUS_ONE = Number(Fraction(-1))
 
@@ -97,12 +100,18 @@ class Atoms(Cursor, ABC):
     def number(self, token: Token) -> Node:
         value = token.value
         if self.accept("_"):
-            base = self.single()
-            if not isinstance(base, Number):
-                raise Unreadable("a base that is no number")
-            return Quantity(Number(value), f"_{base.value}")
+            return Quantity(Number(value), f"_{self.base()}")
         fraction = self.mixed() if token.text.isdigit() else None
         return Number(value + fraction) if fraction is not None else Number(value)
+
+    def base(self) -> Fraction:
+        """The 2 of 101_2, in digits or words."""
+        base = self.single()
+        if isinstance(base, Variable) and base.name in _BASES:
+            return Fraction(_BASES.index(base.name) + 2)
+        if not isinstance(base, Number):
+            raise Unreadable("a base that is no number")
+        return base.value
 
     def mixed(self) -> Fraction | None:
         r"""The fraction of a mixed number, 1\frac{1}{2} or 1 1/2, if that is what comes next."""
@@ -140,14 +149,15 @@ class Atoms(Cursor, ABC):
     def letter(self, letter: str) -> Node:
         if letter == "d" and self.next_is("/"):
             raise Unreadable("a derivative")
-        name = letter + self.subscript() + self.primes()
+        if letter == "m" and self.next_is("∠"):
+            return self.atom()
+        name = letter + self.subscript() + self.primes() + self.inverse(letter)
         following = self.token
-        if following and following.text == "(" and not following.space and (letter in "fgh" or letter.isupper()):
+        if following and following.text in ("(", "[") and not following.space and letter in "fghn" + ascii_uppercase:
             start, inside = self.at, self.inside
-            self.take()
-            node = self.items("(")
+            node = self.items(self.take().text)
             simple = isinstance(node, Variable | Number | Collection)
-            if letter in "fgh" or simple:
+            if letter in "fgh" or (simple and letter != "n") or isinstance(node, Relation | SetOperation):
                 return _applied(name, node.items if isinstance(node, Collection) else (node,))
             self.at, self.inside = start, inside
         return _letter(letter) if name == letter else Variable(name)
@@ -161,9 +171,19 @@ class Atoms(Cursor, ABC):
 
     def primes(self) -> str:
         primes = ""
-        while self.accept("'"):
+        while self.accept("'") or self.skip("^", "'") or self.skip("^", "{", "'", "}"):
             primes += "'"
         return primes
+
+    def inverse(self, letter: str) -> str:
+        """The −1 of f^{-1}(x)."""
+        return "^-1" if letter in "fgh" and self.skip("^", "{", "-", "1", "}") else ""
+
+    def skip(self, *texts: str) -> bool:
+        """Take these tokens if they all come next."""
+        found = [token.text for token in self.tokens[self.at : self.at + len(texts)]] == list(texts)
+        self.at += len(texts) * found
+        return found
 
     def command(self, name: str) -> Node:
         if name == "frac":
@@ -182,7 +202,9 @@ class Atoms(Cursor, ABC):
             return Constant(name + {"^+": "+", "+": "+"}.get(self.plus(), ""))
         if name in GREEK:
             return Variable(name.removeprefix("var") + self.subscript() + self.primes())
-        if name in ("overline", "bar", "dot", "star", "det"):
+        if name == "lim":
+            return self.limit()
+        if name in ("overline", "bar", "dot", "star", "det", "vec", "overrightarrow", "hat", "widehat"):
             return Function(name, (self.single(),))
         raise Unreadable(rf"\{name}")
 
@@ -219,14 +241,10 @@ class Atoms(Cursor, ABC):
         return Power(node, exponent) if exponent is not None else node
 
     def arguments(self) -> tuple[Node, ...]:
-        if self.next_is("(", "[", "{"):
+        if self.next_is("(", "[", "{", r"\{"):
             bracket = self.take().text
             node = self.items(bracket)
-            if not isinstance(node, Collection):
-                if bracket == "(" and self.accept("^"):  # sin(x)^2 is read as the argument's power
-                    node = Power(node, self.exponent())
-                return (node,)
-            return node.items
+            return node.items if isinstance(node, Collection) else (node,)
         if self.accept("-"):
             return (negative(self.juxtaposed()),)
         return (self.juxtaposed(),)
@@ -253,7 +271,16 @@ class Atoms(Cursor, ABC):
             raise Unreadable(f"a {name} over something that is no variable")
         index = Variable(variable.name) if isinstance(variable, Constant) else variable  # \sum_{i=1}
         body = self.product()
-        return Function(name, (_renamed(body, variable, index), index, low, high))
+        return Function(name, (replaced(body, variable, index), index, low, high))
+
+    def limit(self) -> Node:
+        self.expect("_")
+        self.expect("{")
+        variable = self.atom()
+        self.expect("→")
+        target = self.sum()
+        self.expect("}")
+        return Function("limit", (self.product(), variable, target))
 
     def bracket(self, opening: str) -> Node:
         if opening == "|":
@@ -327,6 +354,9 @@ class Atoms(Cursor, ABC):
         if name not in _MATRICES:
             raise Unreadable(rf"\begin{{{name}}}")
         outside, self.inside = self.inside, "matrix"
+        if name in ("aligned", "align"):  # & says where to align
+            end = next((i for i in range(self.at, len(self.tokens)) if self.tokens[i].kind == "end"), self.at)
+            self.tokens[self.at : end] = [token for token in self.tokens[self.at : end] if token.text != "&"]
         rows: list[tuple[Node, ...]] = []
         while not (self.token and self.token.kind == "end"):
             row = [self.statement()]
@@ -389,21 +419,6 @@ def _split(token: Token) -> list[Token]:
         parts.append(Token("word", name, token.space and not parts))
         word = word[len(name) :]
     return parts
-
-
-def _renamed(node: Node, old: Node, new: Node) -> Node:
-    """The tree with one leaf replaced: the i of a sum is an index, not the imaginary unit."""
-    if node == old:
-        return new
-    if isinstance(node, Sum):
-        return Sum(tuple(_renamed(term, old, new) for term in node.terms))
-    if isinstance(node, Product):
-        return Product(tuple(_renamed(factor, old, new) for factor in node.factors))
-    if isinstance(node, Power):
-        return Power(_renamed(node.base, old, new), _renamed(node.exponent, old, new))
-    if isinstance(node, Function):
-        return Function(node.name, tuple(_renamed(argument, old, new) for argument in node.arguments))
-    return node
 
 
 def _builder(element: Node, condition: Node) -> Node:

@@ -31,6 +31,7 @@ from rewards.maths.tree import (
     Sum,
     Text,
     Variable,
+    replaced,
 )
 from rewards.maths.values import EXPRESSIONS, MINUS_ONE, Finding, values
 
@@ -133,6 +134,10 @@ def _two_relations(left: Relation, right: Relation) -> Finding | None:
     ):
         if not (chain_holds(chain) and chain_holds(other_chain)):
             return Finding(False, "inconsistent-chain")
+        if isinstance(name, Function) and isinstance(other, Function) and len(name.arguments) == len(other.arguments):
+            for letter, its_own in zip(name.arguments, other.arguments, strict=True):  # f(x) = x², f(t) = t²
+                if isinstance(letter, Variable) and isinstance(its_own, Variable):
+                    other_chain = [replaced(link, its_own, letter) for link in other_chain]
         if (finding := compare(chain[-1], other_chain[-1])).equal:
             return finding
     if len(left.operators) == len(right.operators) == 1:
@@ -280,6 +285,15 @@ def _residues(left: Node, right: Node) -> Finding | None:
     return Finding(quotient is not None and quotient.denominator == 1, "residue")
 
 
+def _families(left: Node, right: Node) -> Finding | None:
+    """2kπ, k ∈ ℤ and 2nπ, n ∈ ℤ (parts.py gives both the same index)."""
+    if isinstance(left, Function) and left.name == "family":
+        if isinstance(right, Function) and right.name == "family":
+            return _in_order(left.arguments, right.arguments)
+        return Finding(False, "kind")
+    return None
+
+
 _RULES: tuple[Callable[[Node, Node], Finding | None], ...] = (
     _quantities,
     _hedges,
@@ -290,6 +304,7 @@ _RULES: tuple[Callable[[Node, Node], Finding | None], ...] = (
     _ratios,
     _texts,
     _residues,
+    _families,
 )
 
 

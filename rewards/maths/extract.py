@@ -41,7 +41,7 @@ def extract(response: str, *, boxed_only: bool = False) -> Extracted:
             return _bounded(text)
     found = boxes(text)
     if found:
-        return _last(text, found)
+        return joined(text, found)
     if boxed_only:
         return Extracted(None, "no-answer/no-box")
     if "####" in text:
@@ -70,19 +70,20 @@ def boxes(text: str) -> list[tuple[int, int, str | None]]:
     return found
 
 
-def _last(text: str, found: list[tuple[int, int, str | None]]) -> Extracted:
+def joined(text: str, found: list[tuple[int, int, str | None]]) -> Extracted:
+    """The content of the last box, and of those before it that are one answer with it."""
     content = found[-1][2]
     if content is None or not content.strip():
         return Extracted(None, f"no-answer/{'unterminated' if content is None else 'empty'}")
-    joined, separator = [content], ","
+    parts, separator = [content], ","
     for (_, end, before), (start, _, _) in zip(found[-2::-1], found[:0:-1], strict=False):
         gap = text[end:start]
         if before is None or not _JOINER.fullmatch(gap):
             break
-        joined.insert(0, before)
+        parts.insert(0, before)
         separator = r" \text{ or } " if re.search(r"\bor\b", gap) else separator
-    if len(joined) > 1 and len({read(part[:MAX_CHARS]).spelling for part in joined}) > 1:
-        content = separator.join(joined)
+    if len(parts) > 1 and len({read(part[:MAX_CHARS]).spelling for part in parts}) > 1:
+        content = separator.join(parts)
     return _bounded(content)
 
 

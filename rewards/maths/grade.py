@@ -12,7 +12,7 @@ from decimal import Decimal
 
 from rewards.maths.answer import MAX_CHARS, Answer, read
 from rewards.maths.compare import Finding, compare
-from rewards.maths.extract import boxes, extract
+from rewards.maths.extract import boxes, extract, joined
 from rewards.maths.tree import Text
 from rewards.verdict import Verdict
 
@@ -50,24 +50,23 @@ def _gold(gold: str) -> str | None:
     if "####" in gold:
         gold = gold[gold.rfind("####") + 4 :]
     elif found := boxes(gold):
-        gold = ",".join(content or "" for _, _, content in found[-1:])
+        gold = joined(gold, found).answer or ""
     gold = gold.strip()
     if not gold or len(gold) > MAX_CHARS:
         return None
     answer = read(gold)
     says_something = answer.spelling.strip(string.punctuation + string.whitespace)
-    return gold if says_something and (answer.trees or answer.letters or _is_whole(gold)) else None
+    return gold if answer.trees or answer.letters or (says_something and _is_whole(gold)) else None
 
 
 def _is_whole(gold: str) -> bool:
     """Whether notation unknown here (an integral, a limit) is at least complete, so that it can be written again."""
     plain = gold.replace(r"\{", "").replace(r"\}", "")
-    balanced = (
-        plain.count("{") == plain.count("}")
-        and gold.count(r"\begin") == gold.count(r"\end")
-        and gold.count("(") == gold.count(")")
-    )
-    return balanced and not gold.rstrip().endswith(("\\", "=", "+", "^", "_", "\\frac"))
+    pairs = [("{", "}"), (r"\begin", r"\end"), ("(", ")")]
+    whole = all(plain.count(a) == plain.count(b) for a, b in pairs) and "{}" not in plain
+    opened = sum(map(gold.count, "([")) == sum(map(gold.count, ")]"))  # [0, 1) is whole
+    cut = gold.rstrip().endswith(("\\", "=", "+", "^", "_", r"\frac")) or gold.lstrip().startswith(("^", "_"))
+    return whole and opened and not cut
 
 
 @functools.lru_cache(maxsize=50_000)

@@ -30,18 +30,30 @@ def differ(left: Node, right: Node) -> bool | None:
     """True if they differ at a point, False if they agree at every one where both are defined, None if at none."""
     names = sorted(variables(left) | variables(right))
     complex_too = has_i(left) or has_i(right)
+    # Who writes |x| says that x may be negative: then where a side is defined matters, too.
+    by_domain = _applies(("abs",), left) != _applies(("abs",), right)
     agreed = 0
     for point in _points(names):
-        try:
-            a, b = _value(left, point, complex_too), _value(right, point, complex_too)
-        except (NoValue, ArithmeticError, ValueError, RecursionError):
-            continue
-        if abs(a - b) > AGREE * max(abs(a), abs(b)):
+        a, b = (_value_or_none(side, point, complex_too) for side in (left, right))
+        if a is None or b is None:
+            if by_domain and names and (a is None) != (b is None):
+                return True
+        elif abs(a - b) > AGREE * max(abs(a), abs(b)):
             return True
-        agreed += 1
-        if agreed >= 6:
-            break
+        else:
+            agreed += 1
     return False if agreed else None
+
+
+def is_analytic(node: Node) -> bool:
+    """Whether agreement at points says it all: no ⌊x⌋, max, gcd of variables is in it."""
+    return not _applies(("floor", "ceil", "max", "min", "gcd", "lcm", "mod", "sgn"), node)
+
+
+def _applies(names: tuple[str, ...], node: Node) -> bool:
+    if isinstance(node, Function) and node.name in names and variables(node):
+        return True
+    return any(_applies(names, child) for child in children(node))
 
 
 def constant_value(node: Node) -> float:
@@ -95,22 +107,26 @@ def has_i(node: Node) -> bool:
 
 
 def _points(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Values for the variables: positive, negative, mixed, then small positive integers. Reproducible."""
+    """Values for the variables: small and large, fractions and integers, positive, negative, mixed. Reproducible."""
     if not names:
         yield {}
         return
     context = _context()
-    for number in range(8):
+    for number, (scale, signs) in enumerate(_POINTS):
         point = {}
-        for name in names:
+        for index, name in enumerate(names):
             bits = zlib.crc32(f"{number} {name}".encode())
             size = context.mpf(bits % 99_991) / 50_021 + context.mpf(1) / 7
-            negative = number in (1, 4) or (number in (2, 5, 6) and bits & (1 << 20))
-            point[name] = -size if negative else size
+            size = context.floor(size * scale) + 1 + index if scale > 1 else size
+            point[name] = -size if signs == "-" or (signs == "±" and (index + number) % 2) else size
         yield point
-    for number in range(6):
-        yield {name: context.mpf(1 + (zlib.crc32(f"n{number} {name}".encode()) + index) % 9 + number) for index, name in
-               enumerate(names)}  # fmt: skip
+
+
+# Size (whole numbers from 2 on) and signs of the points.
+_POINTS = (
+    *((1, "+"), (7, "+"), (1, "-"), (20_000, "+"), (1, "±"), (20_000, "-"), (4, "+"), (1, "±"), (3, "-"), (1, "+")),
+    *((20_000, "±"), (20_000, "±"), (12, "+"), (1, "-")),
+)
 
 
 _local = threading.local()
@@ -124,6 +140,13 @@ def _context() -> Any:
         _local.context = mpmath.MPContext()
         _local.context.dps = DIGITS
     return _local.context
+
+
+def _value_or_none(node: Node, point: Mapping[str, Any], complex_too: bool) -> Any:
+    try:
+        return _value(node, point, complex_too)
+    except (NoValue, ArithmeticError, ValueError, RecursionError):
+        return None
 
 
 def _value(node: Node, point: Mapping[str, Any], complex_too: bool) -> Any:
@@ -231,7 +254,7 @@ class _Evaluator:
     def repeated(self, node: Function) -> Any:
         body, index, low, high = node.arguments
         first, last = self.at(low).real, self.at(high).real
-        if first != int(first) or last != int(last) or last - first >= MAX_SUMMANDS:
+        if first != int(first) or last != int(last) or not -1 <= last - first < MAX_SUMMANDS:
             raise NoValue(f"a {node.name} from {first} to {last}")
         outside = self.point.get(index.name)  # type: ignore[attr-defined]
         total = self.context.mpf(0 if node.name == "sum" else 1)

@@ -13,6 +13,7 @@ they raise Unreadable, and are equal only when written alike.
 """
 
 from fractions import Fraction
+from itertools import pairwise
 
 from rewards.maths import units
 from rewards.maths.atoms import MAX_DEPTH, MINUS_ONE, Atoms, joined, negative
@@ -35,6 +36,7 @@ from rewards.maths.tree import (
 )
 
 _RELATIONS = frozenset("=≠<≤>≥∈∉≈≡~")
+_ORDINALS = ("st", "nd", "rd", "th")
 _CURRENCY = frozenset("$€£¥")
 
 
@@ -52,18 +54,30 @@ class _Parser(Atoms):
 
     def sequence(self) -> Node:
         items, either, lists = [self.statement()], False, False
+        ends: list[int] = []
         while True:
             separators = []
             while found := self.accept(",", ";", "and", "or", "And", "Or"):
                 separators.append(found.lower())
             if not separators or self.token is None or self.token.text in (")", "]", r"\}", "}", "⟩"):
                 break
-            either |= "or" in separators
+            if "or" in separators:
+                either = True
+                ends.append(len(items))
             lists = True
             items.append(self.statement())
         if not lists:
             return items[0]
-        return Either(tuple(items)) if either else Collection("", tuple(items))
+        if not either:
+            return Collection("", tuple(items))
+        parts = [items[a:b] for a, b in pairwise([0, *ends, len(items)])]
+        if (
+            len({len(part) for part in parts}) == 1
+            and len(parts[0]) > 1
+            and all(isinstance(i, Relation) for i in items)
+        ):
+            return Either(tuple(Collection("", tuple(part)) for part in parts))  # x = 1, y = 2 or x = 3, y = 4
+        return Either(tuple(items))
 
     def statement(self) -> Node:
         self.depth += 1
@@ -75,7 +89,7 @@ class _Parser(Atoms):
             terms.append(self.sets())
         if "≡" in operators and isinstance(terms[-1], Function) and terms[-1].name == "mod":
             terms[-1] = Function("modulo", terms[-1].arguments)
-        elif "≡" in operators and (modulus := self.modulus()):
+        elif modulus := self.modulus():
             terms[-1] = Function("modulo", (terms[-1], modulus))
         self.depth -= 1
         return Relation(tuple(terms), tuple(operators)) if operators else terms[0]
@@ -107,7 +121,7 @@ class _Parser(Atoms):
 
     def ratio(self) -> Node:
         parts = [self.sum()]
-        while self.inside != r"\{" and self.accept(":"):
+        while self.inside != r"\{" and self.accept(":", "to"):
             parts.append(self.sum())
         return Ratio(tuple(parts)) if len(parts) > 1 else parts[0]
 
@@ -184,13 +198,15 @@ class _Parser(Atoms):
             before = self.tokens[self.at - 1]
             return before.kind != "number"
         if token.kind == "word":
-            return token.text.lower() not in ("and", "or", "mod", "over", "choose") and not (
+            return token.text.lower() not in ("and", "or", "mod", "over", "choose", "to") and not (
                 token.text in ("U", "union") and self.at + 1 < len(self.tokens) and self.next_is("(", "[", ahead=1)
             )
         if token.kind == "command":
             return token.text not in ("over", "choose", "pmod", "bmod", "mod")
         if token.text == "|":
             return self.inside not in ("|", r"\{")
+        if token.text == "(" and self.at + 1 < len(self.tokens) and self.tokens[self.at + 1].text == "mod":
+            return False
         if token.text == "[":
             return self.inside not in ("[", "]")
         return token.text in ("(", "{", r"\{", "⌊", "⌈", "⟨", "√") or token.kind == "begin"
@@ -198,6 +214,8 @@ class _Parser(Atoms):
     def unit(self, factors: list[Node]) -> str | None:
         """The unit that comes next after these factors, or None if what comes is a factor itself."""
         token = self.token
+        if fraction := self.unit_fraction():
+            return units.spell(fraction)
         if token is None or not self.is_unit(token, factors):
             return None
         words: list[str] = []
@@ -220,9 +238,18 @@ class _Parser(Atoms):
                 break
         return units.spell(words)
 
+    def unit_fraction(self) -> list[str]:
+        r"""The words of \frac{m}{s}, if that is what comes next."""
+        rest = self.tokens[self.at : self.at + 7]
+        if [token.text for token in rest[:1]] == ["frac"] and len(rest) > 6 and rest[2].upright and rest[5].upright:
+            if rest[2].kind == rest[5].kind == "word" and rest[3].text == "}" == rest[6].text:
+                self.at += 7
+                return [rest[2].text, "/", rest[5].text]
+        return []
+
     def is_unit(self, token: Token, factors: list[Node]) -> bool:
         word = token.text
-        if token.kind != "word" or word in CONSTANTS or word.lower() in ("and", "or", "mod", "union", "choose"):
+        if token.kind != "word" or word in CONSTANTS or word.lower() in ("and", "or", "mod", "union", "choose", "to"):
             return False
         if (word in FUNCTIONS and word not in ("min", "sec", "deg")) or (
             word in FUNCTIONS and self.next_is("(", "^", ahead=1)
@@ -247,6 +274,10 @@ class _Parser(Atoms):
                 node = Quantity(node, self.degree())
             elif self.accept("%"):
                 node = Quantity(node, "%")
+            elif isinstance(node, Number) and self.accept("_"):  # (101)_2
+                node = Quantity(node, f"_{self.base()}")
+            elif self.ordinal(node):
+                continue
             elif self.accept("^"):
                 if self.degrees_in_exponent():
                     node = Quantity(node, self.degree())
@@ -254,6 +285,21 @@ class _Parser(Atoms):
                     node = Power(node, self.exponent())
             else:
                 return node
+
+    def ordinal(self, node: Node) -> bool:
+        """Takes the th of 5th and of 5^{th}."""
+        texts = [token.text for token in self.tokens[self.at : self.at + 4]]
+        for spelled in (["{"], []):
+            expected = ["^", *spelled]
+            if isinstance(node, Number) and texts[: len(expected)] == expected and texts[len(expected) :][:1]:
+                if texts[len(expected)] in _ORDINALS:
+                    self.at += len(expected) + 1 + len(spelled)
+                    return True
+        token = self.token
+        if isinstance(node, Number) and token and token.text in _ORDINALS and not token.space:
+            self.at += 1
+            return True
+        return False
 
     def degree(self) -> str:
         token = self.token

@@ -18,9 +18,11 @@ from rewards.maths.tree import (
     Power,
     Product,
     Quantity,
+    Ratio,
     Relation,
     Sum,
     Variable,
+    replaced,
 )
 from rewards.maths.values import MINUS_ONE, values
 
@@ -45,13 +47,35 @@ def settled(node: Node) -> Node:
         if name is None and chain:
             return chain[-1] if chain_holds(chain) else node
         if chain and has_sign(chain[-1]):
-            return Collection("{}", tuple(Relation((name, value), ("=",)) for value in _both_signs(chain[-1])))  # type: ignore[arg-type]
+            return Collection("{}", tuple(Relation((name, value), ("=",)) for value in both_signs(chain[-1])))  # type: ignore[arg-type]
     if isinstance(node, Relation) and node.operators == ("∈",) and isinstance(node.terms[1], Collection):
         if node.terms[1].brackets == "{}":
             return node.terms[1]
-    if has_sign(node) and not isinstance(node, Relation | Collection | Either):
-        return Collection("{}", tuple(_both_signs(node)))
+    if (family := _family(node)) is not None:
+        return family
+    listed = isinstance(node, Collection) and node.brackets in ("", "{}")
+    if has_sign(node) and not isinstance(node, Relation | Either) and not listed:
+        return Collection("{}", tuple(both_signs(node)))
     return node
+
+
+def _family(node: Node) -> Node | None:
+    """2kπ, k ∈ ℤ (or the set of these) with its index by a name of its own: which letter it was doesn't matter."""
+    if isinstance(node, Function) and node.name == "set":
+        element, condition = node.arguments
+    elif isinstance(node, Collection) and len(node.items) == 2:
+        element, condition = node.items
+    else:
+        return None
+    if not (isinstance(condition, Relation) and condition.operators == ("∈",)):
+        return None
+    index, domain = condition.terms
+    if isinstance(element, Relation):
+        _, chain = named(element)
+        element = chain[-1] if chain else element
+    if not isinstance(index, Variable) or not contains([element], index):
+        return None
+    return Function("family", (replaced(element, index, Variable("index")), domain))
 
 
 def _combined(node: Sum | Product) -> Matrix | None:
@@ -88,14 +112,20 @@ def _is_name(node: Node) -> bool:
     if isinstance(node, Variable):
         return True
     if isinstance(node, Function):
-        if node.name == "abs":
-            return isinstance(node.arguments[0], Product) and _is_name(node.arguments[0])  # the length |AB|
-        return len(node.name) == 1 or node.name in ("angle", "triangle", "overline", "norm", "det") or "'" in node.name
+        if node.name == "abs":  # the length |AB|, not |x| = 5
+            inside = node.arguments[0]
+            return isinstance(inside, Product | Function) and _is_name(inside)
+        return bool(numeric.variables(node)) or node.name == "det" or len(node.name.rstrip("'")) == 1
     if isinstance(node, Product):  # the segment AB, the derivative dy/dx
+        factors = [f.base if isinstance(f, Power) and f.exponent == MINUS_ONE else f for f in node.factors]
+        if factors != list(node.factors) and all(map(_is_name, factors)):  # the quotient AB/CD
+            return all(isinstance(f, Product | Function) for f in factors)
         letters = [factor for factor in node.factors if isinstance(factor, Variable) and len(factor.name) == 1]
         if len(letters) == len(node.factors) and len(letters) < 4:
             return all(letter.name.isupper() for letter in letters)
         return all(map(_is_differential, node.factors)) and len(node.factors) == 2
+    if isinstance(node, Ratio):
+        return all(map(_is_name, node.parts))
     return isinstance(node, Collection) and node.brackets in ("()", "") and all(map(_is_name, node.items))
 
 
@@ -124,7 +154,7 @@ def elements(node: Node) -> list[Node]:
         items = node.branches
     elif isinstance(node, Collection) and node.brackets in ("", "{}"):
         items = node.items
-    expanded = [part for item in items for part in _both_signs(item)]
+    expanded = [part for item in items for part in both_signs(item)]
     flat = [inner for part in expanded for inner in (elements(part) if isinstance(part, Either) else [part])]
     names = {named(item)[0] for item in flat if isinstance(item, Relation) and named(item)[1]}
     if len(names) == 1 and None not in names:
@@ -144,7 +174,7 @@ def has_sign(node: Node) -> bool:
     return isinstance(node, PlusMinus) or any(map(has_sign, numeric.children(node)))
 
 
-def _both_signs(node: Node) -> list[Node]:
+def both_signs(node: Node) -> list[Node]:
     """All signs read as the upper one, then as the lower one; the node itself if it has no ±."""
     return [_signed(node, 1), _signed(node, -1)] if has_sign(node) else [node]
 

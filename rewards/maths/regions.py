@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rewards.maths import numeric
+from rewards.maths.parts import both_signs, has_sign
 from rewards.maths.tree import (
     Collection,
     Constant,
@@ -17,6 +18,7 @@ from rewards.maths.tree import (
     Function,
     Node,
     Number,
+    Power,
     Product,
     Relation,
     SetOperation,
@@ -96,6 +98,10 @@ def _region(node: Node) -> tuple[Region, str]:
                 result = _intersection(result, part)
             # x < 1, x > 3 lists the parts of a union
             return result or _union([interval for part, _ in found for interval in part]), name
+        case Relation(_, operators) if has_sign(node):
+            upper, lower = (_region(branch)[0] for branch in both_signs(node))
+            name = next((term.name for term in node.terms if isinstance(term, Variable)), "")
+            return (_intersection(upper, lower) if operators == ("≠",) else _union([*upper, *lower])), name
         case Relation(terms, operators):
             result = _EVERYTHING
             names: list[str] = []
@@ -114,6 +120,8 @@ def _solved(left: Node, operator: str, right: Node) -> tuple[Region, str]:
         left, right, operator = right, left, _FLIPPED.get(operator, operator)
     if isinstance(left, Function) and left.name == "abs" and operator in "<≤>≥":
         return _absolute(left.arguments[0], operator, right)
+    if isinstance(left, Power) and left.exponent == Number(Fraction(2)) and operator in "<≤>≥":
+        return _absolute(left.base, operator, Power(right, Number(Fraction(1, 2))))
     if not isinstance(left, Variable):
         raise NotASet("not solved for a variable")
     return _compared(operator, right), left.name

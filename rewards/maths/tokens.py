@@ -61,7 +61,7 @@ _DRAWN = frozenset(
 # Around a group that is maths all the same; around words. `\mathrm{cm}` may be either: its letters stay together.
 _STYLES = frozenset(
     "mathrm mathbf mathit mathsf mathtt mathcal mathfrak mathscr boldsymbol bm pmb mathnormal operatorname boxed fbox "
-    "framebox overrightarrow vec hat widehat tilde underline ensuremath mathop mathbin".split()
+    "framebox tilde underline ensuremath mathop mathbin".split()
 )
 _WORDS = frozenset("text textbf textit textrm textsf texttt textnormal mbox hbox emph textup textsc".split())
 _UPRIGHT = _WORDS | {"mathrm", "operatorname", "mathsf", "mathtt"}
@@ -85,11 +85,20 @@ _GROUPS_READ = re.compile(_NUMBER.format(integer=f"{_GROUPED.format(separator=',
 _GROUPS_SPLIT = re.compile(_NUMBER.format(integer=f"{_SAFE_GROUPS}|[0-9]+"))
 _SEPARATOR = re.compile(r"[^0-9.eE+-]")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot|underline)\s*\{?([0-9]+)\}?|\(([0-9]+)\))")
+_PERIODIC = re.compile(r"([0-9]*)\.([0-9]+)\s*(?:\\[cl]?dots[bc]?|…|\.\.\.+)(?!\s*,)")
+_PERIOD = re.compile(r"([0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,4}?)\3+)")
+# Old or roundabout TeX.
+_REWRITTEN = (
+    (re.compile(r"\{\s*\\(?:rm|sf|text|bf|it)\s+([^{}]*)\}"), r"\\mathrm{\1}"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\\not\s*\\in(?![A-Za-z])"), r"\\notin "),
+)
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|\\(?:\[[^\]]*\])?|.)", re.DOTALL)
 _ENVIRONMENT = re.compile(r"\s*\{\s*([A-Za-z]+)\*?\s*\}")
 _SIGNS = re.compile(r"<=|>=|==|=>|->|\*\*|\+/-|\.\.\.+|…|[-+*/^_()\[\]{}|,;:=<>≤≥≠≈≡~∈∉!'%°$€£¥±∓∪∩∖→⇒⌊⌋⌈⌉⟨⟩‖&∠△⊥]")
 _SIGN_SAME = {"<=": "≤", ">=": "≥", "==": "=", "=>": "⇒", "->": "→", "**": "^", "+/-": "±"}
 _LETTERS = re.compile(r"[A-Za-z]+")
+_FOREIGN = re.compile(r"[^\W\d_a-zA-Z]+")
 
 
 class Unreadable(ValueError):
@@ -130,6 +139,8 @@ def tokenize(text: str, *, groups: bool = True) -> list[Token]:
 
 def plain(text: str) -> str:
     """The text with Unicode's mathematical characters spelled in ASCII and LaTeX, without invisible ones."""
+    for pattern, spelling in _REWRITTEN:
+        text = pattern.sub(spelling, text)
     if text.isascii():
         return text
     return "".join(map(_spell, unicodedata.normalize("NFC", text))).replace("}^{", "").replace("}_{", "")  # 10⁻³
@@ -180,8 +191,9 @@ def _scan(text: str, groups: bool, *, upright: bool, depth: int) -> Iterator[Tok
                 inner, position = _group(text, position)
                 if depth > MAX_NESTED_TEXT:
                     raise Unreadable("text in text in text")
-                if name == "mathbb" or (name == "mathbf" and inner in SETS and len(text) < 20):
-                    yield Token("command", SETS.get(inner.strip(), inner.strip()), space)
+                letter = inner.strip()
+                if name == "mathbb" or (name == "mathbf" and letter in SETS and len(text) < 20):
+                    yield Token("command", SETS[letter], space) if letter in SETS else Token("word", letter, space)
                 else:
                     deeper = upright or name in _UPRIGHT
                     inside = _scan(inner, groups, upright=deeper, depth=depth + 1)
@@ -209,6 +221,9 @@ def _scan(text: str, groups: bool, *, upright: bool, depth: int) -> Iterator[Tok
             else:
                 same = _SAME.get(name, name)
                 yield Token("command" if len(same) > 1 and same[0] != "\\" else "sign", same, space)
+        elif (match := _PERIODIC.match(text, position)) and (period := _PERIOD.fullmatch(match[2])):
+            position = match.end()
+            yield Token("number", _repeating(match[1], period[1], period[2] or period[3]), space, upright)
         elif match := _REPEATING.match(text, position):
             position = match.end()
             yield Token("number", _repeating(match[1], match[2], match[3] or match[4]), space, upright)
@@ -231,9 +246,12 @@ def _scan(text: str, groups: bool, *, upright: bool, depth: int) -> Iterator[Tok
             if sign == "!" and space and text[position : position + 1] == "=":
                 position, sign = position + 1, "≠"
             yield Token("sign", sign, space)
-        elif upright and not character.isascii() and character.isalpha():
+        elif upright and character == ".":
             position += 1
-            yield Token("word", character, space, upright)
+            continue
+        elif upright and (match := _FOREIGN.match(text, position)):
+            position = match.end()
+            yield Token("word", match[0], space, upright)
         else:
             raise Unreadable(f"the character {character!r}")
         space = False

@@ -139,6 +139,20 @@ class Text(Node):
     words: str
 
 
+def replaced(node: Node, old: Node, new: Node) -> Node:
+    """The tree with every `old` in it made `new`."""
+    if node == old:
+        return new
+
+    def inside(thing: Any) -> Any:
+        if isinstance(thing, Node):
+            return replaced(thing, old, new)
+        return tuple(map(inside, thing)) if isinstance(thing, tuple) else thing
+
+    fields = {name: inside(getattr(node, name)) for name in node.__dataclass_fields__}  # type: ignore[attr-defined]
+    return type(node)(**fields)
+
+
 NODES = {kind.__name__: kind for kind in Node.__subclasses__()}
 
 

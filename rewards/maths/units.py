@@ -31,7 +31,7 @@ _SPELLINGS = {
     "mg": "milligram", "tonne": "tonnes", "lb": "pound lbs", "oz": "ounce", "s": "second sec secs",
     "minute": "min mins", "hour": "hr hrs h", "ms": "millisecond", "year": "yr yrs", "L": "l liter litre",
     "mL": "ml milliliter millilitre",
-    "gallon": "gal", "$": "dollar usd", "cent": "¢", "°": "degree deg", "%": "percent pct",
+    "gallon": "gal", "$": "dollar usd", "cent": "¢", "°": "degree deg", "%": "percent percentage pct",
     "mile/hour": "mph", "km/hour": "kph kmh kmph",
     "square": "sq", "cubic": "cu", "unit": "", "nm": "nanometer", "rad": "radian",
 }  # fmt: skip
@@ -60,6 +60,10 @@ def spell(words: list[str]) -> str:
     """Words, `^` powers and `/` of one unit in one spelling: square centimeters is cm^2, m per s is m/s."""
     spelled: list[str] = []
     power = ""
+    for index, word in reversed(list(enumerate(words))):
+        if word.startswith("^-") and index:  # m s^-1
+            over = [] if word == "^-1" else [f"^{word[2:]}"]
+            words = [*words[: index - 1], "/", words[index - 1], *over, *words[index + 1 :]]
     for word in words:
         name = canonical(word) if word[0] not in "^/" else word
         if name in ("square", "cubic"):

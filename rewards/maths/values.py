@@ -52,8 +52,10 @@ def values(left: Node, right: Node) -> Finding:
     if different:
         return Finding(False, "numeric")
     if not (_for_sympy(left) and _for_sympy(right)):
-        return Finding(True, "numeric")
+        return Finding(numeric.is_analytic(left) and numeric.is_analytic(right), "numeric")
     decision = symbolic.equal(left, right)
+    if not (numeric.is_analytic(left) and numeric.is_analytic(right)):
+        return Finding(decision.equal is True and decision.reason != "positive", "symbolic")
     # Sixty digits agreed at every point that was tried. Only a proof of the contrary outweighs that.
     return Finding(decision.equal is not False, "symbolic" if decision.equal is not None else "numeric")
 

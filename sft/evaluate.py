@@ -1,0 +1,100 @@
+"""A trainee on held-out data: its loss on each source, and how many problems it gets right."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rewards import resolve
+from runtime.packed import plain_model
+from runtime.rows import load_rows
+from runtime.statistics import wilson
+from runtime.weights import checkpoint_tensors
+from sampling.native import NativeSampler
+from sampling.protocol import SamplingParams
+from sft.batch import Batch
+from sft.chat import encode_prompt, is_conversational
+
+EVALUATION_SEED = 0x5EED
+"""The same samples at every evaluation: what changes is the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How many problems were answered right, sampled once each at temperature 1."""
+
+    mean: float
+    low: float
+    high: float
+    """95 % interval (Wilson)."""
+    format: float
+    """Share in the right layout."""
+    problems: int
+    """Problems that could be graded."""
+    texts: tuple[tuple[str, str, bool], ...]
+    """The first few: problem, answer, right or not."""
+
+
+@torch.no_grad()
+def source_losses(
+    passes: Mapping[str, Iterable[tuple[Batch, float]]],
+    logprobs: Callable[[Batch], torch.Tensor],
+    total: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """Mean loss of a trained token for each source, and over all of them.
+
+    passes: source -> its batches with 1, or 0 for one that only keeps processes in step. total: sum over processes.
+    """
+    losses: dict[str, float] = {}
+    everything = torch.zeros(2, dtype=torch.float64)
+    for source, batches in passes.items():
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch, weight in batches:
+            logp = logprobs(batch)
+            sums += weight * torch.tensor([-float(logp.double().sum()), len(logp)], dtype=torch.float64)
+        sums = total(sums).cpu()
+        everything += sums
+        losses[f"eval/{source}/loss"] = float(sums[0] / sums[1]) if sums[1] else math.nan
+    if everything[1]:
+        losses["eval/loss"] = float(everything[0] / everything[1])
+    return losses
+
+
+def sampled_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: str,
+    *,
+    samples: int,
+    max_tokens: int,
+    rewards: Sequence[str] = ("accuracy", "format"),
+) -> Accuracy:
+    """Sample one completion for each of the first `samples` problems and grade it with our rewards."""
+    rows = load_rows(problems, limit=samples)
+    sampler = NativeSampler(plain_model(model))
+    sampler.load(checkpoint_tensors(model), version=0)
+    params = SamplingParams(n=1, max_tokens=max_tokens, stop_token_ids=(tokenizer.eos_token_id,))
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    groups = sampler.sample(prompts, params, seeds=[EVALUATION_SEED + i for i in range(len(prompts))])
+    sampler.close()
+    texts = [str(tokenizer.decode(group[0].ids, skip_special_tokens=True)) for group in groups]
+    columns = {"prompts": [row["prompt"] for row in rows], "answer": [row["answer"] for row in rows]}
+    scores = {name: resolve(name)(completions=texts, completion_ids=None, **columns) for name in rewards}
+    graded = [value for value in scores["accuracy"] if value is not None]
+    mean = sum(graded) / len(graded) if graded else math.nan
+    low, high = wilson(mean, len(graded)) if graded else (math.nan, math.nan)
+    layout = [value for value in scores["format"] if value is not None]
+    shown = tuple(
+        (_question(row["prompt"]), text, right == 1)
+        for row, text, right in list(zip(rows, texts, scores["accuracy"], strict=True))[:4]
+    )
+    return Accuracy(
+        mean=mean, low=low, high=high, format=sum(layout) / max(len(layout), 1), problems=len(graded), texts=shown
+    )  # fmt: skip
+
+
+def _question(prompt: object) -> str:
+    return str(prompt[-1]["content"]) if is_conversational(prompt) else str(prompt)  # type: ignore[arg-type, index]

@@ -1,0 +1,79 @@
+"""The model being fine-tuned: what it computes, how it is spread over processes, and the whole of it for saving."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from runtime.adapters import add_adapters
+from runtime.distributed import World
+from runtime.errors import UserError
+from runtime.packed import Packed, logprobs_at, plain_model
+from runtime.sharding import is_sharded, shard, whole_state
+from sft.config import SFTConfig
+
+
+class Trainee(nn.Module):
+    """A causal LM whose forward gives the log-probs of targets.
+
+    A module of its own, and the root of FSDP2: inside its forward the head's weights are whole while the head runs in
+    chunks.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, world: World
+    ) -> None:
+        """Adds adapters, compiles, shards, as `config` says. `model` is taken over, not copied."""
+        super().__init__()
+        self.config, self.world, self.tokenizer = config, world, tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model={config.model!r}: its tokenizer has no end token, so no answer could end")
+        largest = max(tokenizer.get_vocab().values())
+        if largest >= model.config.vocab_size:
+            raise UserError(
+                f"model={config.model!r}: its tokenizer has ids up to {largest}, its vocab_size is "
+                f"{model.config.vocab_size}: this is another model's tokenizer, or the embeddings were not resized"
+            )
+        model = model.to(world.device)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        self.model: nn.Module = model if config.lora is None else add_adapters(model, config.lora, config.seed)
+        layers: Any = plain_model(self.model).base_model.layers
+        if config.compile:
+            for layer in layers:
+                layer.compile()
+        self._skeleton: nn.Module | None = None
+        if world.size > 1 and config.shard:
+            self._skeleton = copy.deepcopy(self.model).to("meta") if world.is_main else None
+            shard(self, layers, world)
+
+    def forward(self, packed: Packed, states_C: Tensor, targets_C: Tensor) -> Tensor:
+        """log π(target), (C,) fp32; `states_C` says which token of the row predicts each target."""
+        return logprobs_at(self.model, packed, states_C, targets_C)[0]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def whole(self) -> nn.Module | None:
+        """The model with whole weights; None but in the first process if it is sharded. All must call it."""
+        if not is_sharded(self):
+            return self.model
+        state = whole_state(self)
+        if self._skeleton is None:
+            return None
+        model = copy.deepcopy(self._skeleton)
+        model.load_state_dict({name.removeprefix("model."): t for name, t in state.items()}, strict=True, assign=True)
+        return model
+
+    def sum_gradients(self) -> None:
+        """Over all processes; FSDP2 has done it already."""
+        if not is_sharded(self):
+            self.world.sum_gradients(self)
+
+
