@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rewards.maths.parser import parse
-from rewards.maths.tokens import CONSTANTS, FUNCTIONS, GREEK, Unreadable, plain
+from rewards.maths.tokens import CONSTANTS, FUNCTIONS, GREEK, plain
 from rewards.maths.tree import Constant, Node, Number, Product, Text
 
 MAX_CHARS = 2000
@@ -90,7 +90,7 @@ def read(text: str) -> Answer:
     for groups in readings:
         try:
             tree = parse(text, groups=groups)
-        except (Unreadable, RecursionError, OverflowError, ZeroDivisionError) as error:
+        except (ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as error:
             problem = str(error)
         else:
             if tree not in trees:
@@ -155,6 +155,8 @@ def _choice(text: str) -> tuple[str, str]:
     match = _CHOICE.fullmatch(bare)
     if not match:
         return "", ""
+    if re.match(r"(?:or|and)(?![a-z])|[,;&]", match[4], re.IGNORECASE):
+        return "?", ""  # (C) or 5: no choice
     return (match[1] or match[2] or match[3]).upper(), match[4].strip()
 
 

@@ -13,9 +13,12 @@ from rewards.maths.answer import MAX_CHARS, read
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\{|(?=([0-9]+|[A-Za-z])))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_JOINER = re.compile(r"(?:[\s,;$]|\\[,;! ]|\\q?quad|\\text\s*\{|\}|(?:and|or)(?![A-Za-z])|&)*")
+_JOINER = re.compile(
+    r"(?:[\s,;$]|[A-Za-z](?:_\{?\w\}?)?\s*=|\\[,;! ]|\\q?quad|\\text\s*\{|\}|(?:and|or)(?![A-Za-z])|&)*"
+)
 _ANSWER_OPEN, _ANSWER_CLOSE = "<answer>", "</answer>"
 _SENTENCE = re.compile(r"answer\s*(?:is|:|=)+\s*:?\s*(.+?)\s*$", re.IGNORECASE | re.DOTALL)
+_MINERVA = re.compile(r"final answer is:?\s*(.+?)\.?\s*I hope it is correct\.?\s*$", re.IGNORECASE | re.DOTALL)
 MAX_BARE = 300
 """Characters a response without a box may have to be taken as the answer itself."""
 
@@ -89,6 +92,8 @@ def joined(text: str, found: list[tuple[int, int, str | None]]) -> Extracted:
 
 def _bare(text: str) -> Extracted:
     text = text.strip()
+    if match := _MINERVA.search(text[-MAX_BARE:]):
+        return _bounded(match[1])
     if len(text) > MAX_BARE and (match := _SENTENCE.search(text[-MAX_BARE:])):
         text = match[1]
     elif "\n" in text and (match := _SENTENCE.search(text)):

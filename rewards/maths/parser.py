@@ -287,19 +287,14 @@ class _Parser(Atoms):
                 return node
 
     def ordinal(self, node: Node) -> bool:
-        """Takes the th of 5th and of 5^{th}."""
-        texts = [token.text for token in self.tokens[self.at : self.at + 4]]
-        for spelled in (["{"], []):
-            expected = ["^", *spelled]
-            if isinstance(node, Number) and texts[: len(expected)] == expected and texts[len(expected) :][:1]:
-                if texts[len(expected)] in _ORDINALS:
-                    self.at += len(expected) + 1 + len(spelled)
-                    return True
+        """Takes the th of 5th, 5^th and 5^{th}."""
+        if not isinstance(node, Number):
+            return False
         token = self.token
-        if isinstance(node, Number) and token and token.text in _ORDINALS and not token.space:
+        if token and token.text in _ORDINALS and not token.space:
             self.at += 1
             return True
-        return False
+        return any(self.skip("^", ending) or self.skip("^", "{", ending, "}") for ending in _ORDINALS)
 
     def degree(self) -> str:
         token = self.token

@@ -89,6 +89,7 @@ _PERIODIC = re.compile(r"([0-9]*)\.([0-9]+)\s*(?:\\[cl]?dots[bc]?|…|\.\.\.+)(?
 _PERIOD = re.compile(r"([0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,4}?)\3+)")
 # Old or roundabout TeX.
 _REWRITTEN = (
+    (re.compile(r"\\(q?quad)(?=[A-Za-z])"), r"\\\1 "),
     (re.compile(r"\{\s*\\(?:rm|sf|text|bf|it)\s+([^{}]*)\}"), r"\\mathrm{\1}"),
     (re.compile(r"\\not\s*="), r"\\ne "),
     (re.compile(r"\\not\s*\\in(?![A-Za-z])"), r"\\notin "),

@@ -11,6 +11,8 @@ from rewards.maths import normal, numeric, symbolic
 from rewards.maths.tree import Constant, Function, Node, Number, Power, Product, Quantity, Sum, Variable
 
 EXPRESSIONS = Number | Constant | Variable | Sum | Product | Power | Function
+TIME_LIMIT = 0.7
+"""Seconds for sympy, so that with everything around it no verdict takes one."""
 MINUS_ONE = Number(Fraction(-1))
 
 
@@ -46,14 +48,14 @@ def values(left: Node, right: Node) -> Finding:
         return Finding(False, "kind")
     different = numeric.differ(left, right)
     if different is None and not costly and _endless(left, right) and _for_sympy(left) and _for_sympy(right):
-        return Finding(symbolic.equal(left, right).equal is True, "symbolic")
+        return Finding(symbolic.equal(left, right, time_limit=TIME_LIMIT).equal is True, "symbolic")
     if different is None:
         return Finding(False, "too-costly" if costly else "structural")
     if different:
         return Finding(False, "numeric")
     if not (_for_sympy(left) and _for_sympy(right)):
         return Finding(numeric.is_analytic(left) and numeric.is_analytic(right), "numeric")
-    decision = symbolic.equal(left, right)
+    decision = symbolic.equal(left, right, time_limit=TIME_LIMIT)
     if not (numeric.is_analytic(left) and numeric.is_analytic(right)):
         return Finding(decision.equal is True and decision.reason != "positive", "symbolic")
     # Sixty digits agreed at every point that was tried. Only a proof of the contrary outweighs that.

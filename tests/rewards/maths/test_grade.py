@@ -42,7 +42,6 @@ SAME = [
     (r"50\%", "50%"),
     (r"50\text{ percent}", r"50\%"),
     ("(C)", "C"),
-    ("c", "C"),
     (r"\text{(C)}", "(C)"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})"),
     ("x^2 + 1", "x^2+1"),
@@ -177,6 +176,8 @@ def test_an_answer_is_found_where_people_put_it(response: str, answer: str) -> N
         ("31", "<think>31", "no-answer/thinking"),
         ("5", r"\boxed{9^{9^{9^9}}}", "unequal/too-costly"),
         ("C", r"\boxed{D}", "unequal/choice"),
+        ("C", r"\boxed{c}", "equal/choice"),
+        ("e", r"\boxed{E}", "unequal/numeric"),
         (r"\frac{", r"\boxed{31}", "gold-unparsable"),
     ],
 )

@@ -135,7 +135,7 @@ symbolic.COMMAND = (sys.executable, "-P", "-c", os.environ["WORKER"])
 symbolic.MAX_WORKERS = 1
 symbolic._pool = symbolic._Pool()
 texts = json.loads(os.environ["HOSTILE"])
-grade_math(r"\sin(x)^2 + \cos(x)^2", "1")  # imports all there is
+grade_math(r"\sqrt2 + \sqrt3", r"\sqrt{5 + 2\sqrt6}")  # imports all there is
 symbolic.start()
 log.clear()
 one, half = Number(Fraction(1)), Number(Fraction(1, 2))
