@@ -102,7 +102,10 @@ def equal(gold: str, given: str) -> Finding:
 def _choices(gold: Answer, given: Answer) -> Finding | None:
     """A gold that is a letter (or letters) wants this letter, whatever stands beside it."""
     if given.letters:
-        return Finding(given.letters == gold.letters, "choice")
+        same = given.letters == gold.letters
+        if same and gold.content and given.content and gold.content != given.content:
+            return equal(gold.content, given.content)
+        return Finding(same, "choice")
     if gold.content and gold.content != given.spelling:
         return equal(gold.content, given.spelling) if given.spelling else None
     return None

@@ -117,7 +117,7 @@ def _points(names: list[str]) -> Iterator[dict[str, Any]]:
         for index, name in enumerate(names):
             bits = zlib.crc32(f"{number} {name}".encode())
             size = context.mpf(bits % 99_991) / 50_021 + context.mpf(1) / 7
-            size = context.floor(size * scale) + 1 + index if scale > 1 else size
+            size = context.floor(size * scale) + 1 + index if scale > 1 else size * scale
             point[name] = -size if signs == "-" or (signs == "±" and (index + number) % 2) else size
         yield point
 
@@ -125,7 +125,7 @@ def _points(names: list[str]) -> Iterator[dict[str, Any]]:
 # Size (whole numbers from 2 on) and signs of the points.
 _POINTS = (
     *((1, "+"), (7, "+"), (1, "-"), (20_000, "+"), (1, "±"), (20_000, "-"), (4, "+"), (1, "±"), (3, "-"), (1, "+")),
-    *((20_000, "±"), (20_000, "±"), (12, "+"), (1, "-")),
+    *((20_000, "±"), (20_000, "±"), (12, "+"), (1, "-"), (1 / 4096, "+"), (1 / 4096, "-")),
 )
 
 

@@ -99,6 +99,7 @@ _ENVIRONMENT = re.compile(r"\s*\{\s*([A-Za-z]+)\*?\s*\}")
 _SIGNS = re.compile(r"<=|>=|==|=>|->|\*\*|\+/-|\.\.\.+|…|[-+*/^_()\[\]{}|,;:=<>≤≥≠≈≡~∈∉!'%°$€£¥±∓∪∩∖→⇒⌊⌋⌈⌉⟨⟩‖&∠△⊥]")
 _SIGN_SAME = {"<=": "≤", ">=": "≥", "==": "=", "=>": "⇒", "->": "→", "**": "^", "+/-": "±"}
 _LETTERS = re.compile(r"[A-Za-z]+")
+_SUPERSCRIPTS = re.compile(r"([⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+)|[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑₒₓₙᵢⱼₖ]+")
 _FOREIGN = re.compile(r"[^\W\d_a-zA-Z]+")
 
 
@@ -144,7 +145,13 @@ def plain(text: str) -> str:
         text = pattern.sub(spelling, text)
     if text.isascii():
         return text
-    return "".join(map(_spell, unicodedata.normalize("NFC", text))).replace("}^{", "").replace("}_{", "")  # 10⁻³
+    text = _SUPERSCRIPTS.sub(_raised, unicodedata.normalize("NFC", text))
+    return "".join(map(_spell, text))
+
+
+def _raised(match: re.Match[str]) -> str:
+    """⁻³ as ^{-3}, ₁₀ as _{10}."""
+    return f"{'^' if match[1] else '_'}{{{unicodedata.normalize('NFKC', match[0]).replace('−', '-')}}}"
 
 
 def _spell(character: str) -> str:
