@@ -1,7 +1,7 @@
 """A sampler in this process -> the backend of a judge (rewards/model_based/judge.py), which may not know samplers.
 
-As a reward, in its own process beside the policy's engine: `--rewards '{"rl.judge:reward:judge.yaml": 1}'`, a YAML file
-of `LocalJudge`. Left out: guided decoding, which samplers here don't do; what ends in no verdict is unknown.
+As a reward: `rl.judge:reward(source=judge.yaml)`, a file of `LocalJudge`; its engine runs in the reward's own process,
+beside the policy's. Left out: guided decoding, which samplers here don't do; what ends in no verdict is unknown.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
-"""The published recipes as YAML: only what differs from the defaults, each with its source, and the papers' arithmetic.
-
-That every file parses is in tests/rl/test_config.py.
-"""
+"""The recipes as YAML: every one parses; of the published ones, only what differs from the defaults, each with its
+source, and the papers' arithmetic."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,13 @@ import pytest
 import yaml
 
 from recipes.cli import parse, to_dict
+from recipes.reward_model import RewardModelTraining
 from rl.config import GRPOConfig
+from sft.config import SFTConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes/configs"
+OF_COMMAND = {"sft": SFTConfig, "reward_model": RewardModelTraining}
+"""How a file's name begins -> whose settings it holds; the others are GRPO's."""
 PUBLISHED = ("r1_zero", "dapo", "dr_grpo", "gspo", "cispo")
 
 
@@ -76,3 +78,9 @@ def test_gspo_and_dr_grpo_are_the_papers(name: str, loss: tuple[Any, ...], rollo
     assert (config.loss.objective, config.loss.advantage, config.loss.epsilon, config.loss.clip_high) == loss
     assert (config.prompts_per_step, config.group_size, config.optim.minibatches) == rollout
     assert config.loss.beta == 0
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_parses(path: Path) -> None:
+    config = next((c for prefix, c in OF_COMMAND.items() if path.stem.startswith(prefix)), GRPOConfig)
+    assert isinstance(parse(config, ["--config", str(path)], prog="", description=""), config)

@@ -1,7 +1,5 @@
 """Settings that can't work are refused with their name, their value and what to do; the files shipped are not."""
 
-from pathlib import Path
-
 import pytest
 
 from recipes.cli import parse
@@ -16,8 +14,6 @@ from rl.config import (
     SamplingConfig,
 )
 from runtime.errors import UserError
-
-CONFIGS = sorted((Path(__file__).parents[2] / "recipes/configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -94,15 +90,6 @@ def test_defaults_are_the_demo():
     assert (config.model, config.data, config.steps) == ("tiny", "stories", 25)
     assert (config.prompts_per_step, config.group_size, config.sampling.temperature) == (16, 8, 1.0)
     assert config.rewards == {"accuracy": 1.0, "format": 0.0}
-
-
-def test_there_are_config_files():
-    assert CONFIGS
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_file_parses(path):
-    assert isinstance(parse(GRPOConfig, ["--config", str(path)], prog="grpo", description=""), GRPOConfig)
 
 
 def test_a_refusal_on_the_command_line_is_one_line_and_exit_2(capsys):

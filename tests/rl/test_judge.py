@@ -13,7 +13,6 @@ from rewards.model_based.judge import Judge, JudgeConfig
 from rl import judge as rl_judge
 from rl.judge import LocalJudge, open_backend
 from sft.chat import encode_example
-from sft.train import SFTConfig, fine_tune
 
 RIGHT = '"verdict": "right"}'
 
@@ -28,9 +27,13 @@ def checkpoint(tmp_path_factory):
     model = deepseek_v3.DeepseekV3ForCausalLM(tiny_config(tokenizer))
     assert len(tokenizer) <= model.config.vocab_size
     request = Judge(lambda requests: [], votes=1, matches="Match.")._request("q", "Paris", "Paris", 0)
-    fine_tune(
-        model, [encode_example(tokenizer, request.messages, RIGHT)], SFTConfig(steps=12, batch_size=1, warmup_steps=2)
-    )
+    ids, _ = encode_example(tokenizer, request.messages, RIGHT)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(12):
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -3:-1]  # of the verdict and the end token
+        torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-2:])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
