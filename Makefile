@@ -8,7 +8,7 @@ BENCH ?= $(basename $(notdir $(filter-out benchmarks/_%,$(wildcard benchmarks/*.
 CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup grpo test lint nightly bench pins clean
+.PHONY: help setup grpo test lint nightly rewards bench pins clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,8 +27,11 @@ lint: setup ## ruff, formatting, types
 test: lint ## lint, then the tests that take minutes on a CPU (ARGS="-k name")
 	@$(TEST_ENV) $(VENV) -m pytest $(ARGS)
 
-nightly: lint ## all tests but those for a GPU, with the browser ones where Chromium is installed
+nightly: lint rewards ## the rewards, then all tests but those for a GPU (browser ones where Chromium is installed)
 	@$(TEST_ENV) $(VENV) -m pytest -m "not gpu$(if $(CHROMIUM),, and not browser)" --durations=20 $(ARGS)
+
+rewards: setup ## the rewards' suites, and a page with the change since last time (NIGHT="--quick")
+	@$(VENV) -m benchmarks.nightly --out runs/nightly --previous runs/nightly/figures.json $(NIGHT)
 
 bench: setup ## the benchmarks (BENCH=name for one of benchmarks/)
 	@set -e; for name in $(BENCH); do $(VENV) -m benchmarks.$$name $(ARGS); done
