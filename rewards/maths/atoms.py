@@ -390,6 +390,7 @@ def quotient(top: Node, bottom: Node) -> Node:
 
 
 def joined(factors: list[Node]) -> Node:
+    """Their product; one alone as it is."""
     return factors[0] if len(factors) == 1 else Product(tuple(factors))
 
 

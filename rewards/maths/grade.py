@@ -5,6 +5,7 @@ either text is ever evaluated as code, and nothing here uses signals: safe in th
 """
 
 import functools
+import logging
 import math
 import string
 import time
@@ -16,11 +17,13 @@ from rewards.maths.extract import boxes, extract, joined
 from rewards.maths.tree import Text
 from rewards.verdict import Verdict
 
+log = logging.getLogger(__name__)
+
 
 def grade_math(gold: object, response: str, *, boxed_only: bool = False) -> Verdict:
     r"""Whether the response's answer is the gold one.
 
-    gold: a string (a bare answer, GSM8K's `... #### 42`, or a solution with a `\\boxed{}`) or a number.
+    gold: a string (a bare answer, GSM8K's `... #### 42`, or a solution with a `\boxed{}`) or a number.
     response: a whole completion, with or without thinking, or a bare answer. `boxed_only`: a bare one is no answer.
     """
     start = time.perf_counter()
@@ -31,9 +34,14 @@ def grade_math(gold: object, response: str, *, boxed_only: bool = False) -> Verd
     elif extracted.answer is None:
         outcome, reason = "wrong", extracted.reason
     else:
-        finding = equal(expected, extracted.answer)
-        outcome = "right" if finding.equal else "wrong"
-        reason = f"{'equal' if finding.equal else 'unequal'}/{finding.reason}"
+        try:
+            finding = equal(expected, extracted.answer)
+        except RuntimeError as error:  # sympy's process can't be started: nobody can say
+            log.warning("grading is out: %s", error)
+            outcome, reason = "unknown", "grader-fault"
+        else:
+            outcome = "right" if finding.equal else "wrong"
+            reason = f"{'equal' if finding.equal else 'unequal'}/{finding.reason}"
     milliseconds = (time.perf_counter() - start) * 1000
     return Verdict(outcome=outcome, reason=reason, answer=extracted.answer, ms=milliseconds)  # type: ignore[arg-type]
 

@@ -1,12 +1,14 @@
 r"""The whole way from a gold and a response to a verdict; peers' mistakes; hostile responses; golds of no use."""
 
 import asyncio
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from rewards import grade_math
+from rewards.maths import symbolic
 from rewards.maths.grade import equal, read_gold
 
 SAME = [
@@ -251,3 +253,14 @@ def test_threads_and_event_loops_get_the_same_verdicts() -> None:
         return [v.outcome for v in await asyncio.gather(*(asyncio.to_thread(grade_math, *pair) for pair in pairs))]
 
     assert asyncio.run(together()) == alone
+
+
+def test_a_grader_that_is_out_is_unknown_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = (r"\sqrt7+\sqrt3", r"\sqrt{10+2\sqrt{21}}")
+    symbolic.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(symbolic, "COMMAND", (sys.executable, "-c", "raise SystemExit(1)"))
+        patched.setattr(symbolic._Worker, "started_once", False)
+        verdict = grade_math(*pair)
+    assert (verdict.outcome, verdict.reason) == ("unknown", "grader-fault")
+    assert grade_math(*pair).outcome == "right"
