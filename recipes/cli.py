@@ -161,6 +161,22 @@ def _group(hint: Any) -> type | None:
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
+def _item_group(hint: Any) -> type | None:
+    """The dataclass in `tuple[X, ...]` or `tuple[X | str, ...]`."""
+    arguments = typing.get_args(hint)
+    return _group(arguments[0]) if typing.get_origin(hint) in (tuple, list) and arguments else None
+
+
+def _item(value: Any, group: type, name: str) -> Any:
+    """One item of such a tuple. What the parser took for a string because a name in it is unknown is refused."""
+    if isinstance(value, str) and not value.lstrip().startswith(("{", "[")):
+        return value
+    known = [field.name for field in dataclasses.fields(group)]
+    if isinstance(value, str):
+        raise UserError(f"{name}={value!r}: expected groups of {', '.join(known)}")
+    return _build(group, value if isinstance(value, Mapping) else vars(value), f"{name}.")
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
@@ -273,6 +289,9 @@ def _explain(error: ArgumentError, given: Sequence[_Given], known: Mapping[str, 
 def _words(hint: Any) -> str:
     if hint is types.NoneType:
         return "null"
+    if item := _item_group(hint):
+        strings = "strings, or of " if _is_union(typing.get_args(hint)[0]) else ""
+        return f"a list of {strings}groups of " + ", ".join(field.name for field in dataclasses.fields(item))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if _is_union(hint):
@@ -287,8 +306,13 @@ def _build(config_class: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(config_class)
     values = {}
     for field in dataclasses.fields(config_class):
+        if field.name not in tree:  # an item of a list, given in part
+            continue
         value, group = tree[field.name], _group(hints[field.name])
         values[field.name] = _build(group, value, f"{prefix}{field.name}.") if group and value is not None else value
+        if (item := _item_group(hints[field.name])) and value is not None:
+            name = f"{prefix}{field.name}"
+            values[field.name] = tuple(_item(v, item, name) for v in value)
     try:
         return config_class(**values)
     except ValueError as error:

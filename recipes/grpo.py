@@ -18,7 +18,7 @@ from rl.config import GRPOConfig
 from rl.evaluate import Estimate, Evaluation
 from rl.train import Result, train
 from runtime.metrics import read_metrics
-from runtime.progress import terminal_plot, track_steps, visible
+from runtime.progress import terminal_plot, visible
 
 
 def run(config: GRPOConfig) -> int:
@@ -30,16 +30,10 @@ def run(config: GRPOConfig) -> int:
 
 def tiny_model(console: Console) -> Path:
     """The warmed-up tiny model, made now if the cache doesn't hold it."""
-    from recipes.tiny import SFT, tiny_checkpoint
+    from recipes.tiny import tiny_checkpoint
 
     began = time.monotonic()
-    with track_steps(SFT.steps, "warm-up: SFT of the tiny DeepSeek-V3", console=console) as tracker:
-
-        def on_step(step: int, metrics: dict[str, float]) -> None:
-            if step % 20 == 0 or step == SFT.steps:
-                tracker.update(step, metrics)
-
-        folder = tiny_checkpoint(on_step=on_step)
+    folder = tiny_checkpoint()
     seconds = time.monotonic() - began
     console.print(Text(f"tiny model: {folder}" + (f" (made in {seconds:.0f} s)" if seconds > 5 else " (cached)")))
     return folder

@@ -1,17 +1,19 @@
 """The built-in tiny DeepSeek-V3: its tokenizer and the short SFT that teaches it two habits, made once and cached.
 
-The demonstrations are a mix, as real SFT data is: three in ten work the story out, seven jump to the answer. Worked
-answers are nearly always right and jumped ones seldom, and the model leaves SFT doing both; which habit pays is what
-GRPO then finds out.
+The demonstrations (the source "stories", sft/sources.py) are a mix, as real SFT data is: three in ten work the story
+out, seven jump to the answer. Worked answers are nearly always right and jumped ones seldom, and the model leaves SFT
+doing both; which habit pays is what GRPO then finds out.
 """
 
 import ast
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,22 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import deepseek_v3
+from recipes.cli import parse
+from runtime.cache import cache_dir
 from runtime.stories import stories
-from sft.chat import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER, encode_example
-from sft.train import Example, SFTConfig, fine_tune
+from runtime.weights import save_pretrained
+from sft.chat import ASSISTANT, BOS, CHAT_TEMPLATE, EOS, PAD, USER
+from sft.config import EvaluationConfig, SFTConfig
 
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT)
 # Tokens of their own, as in R1's tokenizer, but ordinary text to a decoder. It matters here: the choice between
 # working and jumping then falls on the token after <think>, where the model reads the story, so RL's gradient reaches
 # every layer. With "<", "think", ">" the choice was a constant of the output head alone and hardly moved.
 TAGS = ("<think>", "</think>")
-DEMONSTRATIONS = 12_000
-DIRECT_SHARE = 0.7
-SFT = SFTConfig(steps=700)
+CONFIG = Path(__file__).parent / "configs/sft_tiny.yaml"
 
 
-def tiny_checkpoint(
-    *, seed: int = 0, on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-) -> Path:
+def tiny_checkpoint(*, seed: int = 0) -> Path:
     """Folder of the warmed-up tiny model and its tokenizer; trained on first use, then found in the cache.
 
     The cache's name holds a hash of everything the result depends on, so a changed recipe is never served stale.
@@ -44,29 +45,44 @@ def tiny_checkpoint(
     if (folder / "config.json").exists():
         return folder
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    model, tokenizer = warm_up(seed=seed, on_step=on_step)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    result = warm_up(seed=seed, run_dir=aside)
+    if result.exit_code:
+        sys.exit(result.exit_code)
+    _move(aside / "checkpoints/final", folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def warm_up(*, seed: int, run_dir: Path, **settings: Any) -> Any:
+    """Run the tiny SFT, without its evaluations, in a run folder; its `Result`. settings: other fields of SFTConfig."""
+    from sft.train import train
+
+    config = parse(SFTConfig, ["--config", str(CONFIG)], prog="sft", description="")
+    unwatched: dict[str, Any] = {"evaluation": EvaluationConfig(), "seed": seed, "run_dir": str(run_dir)}
+    config = dataclasses.replace(config, **unwatched | settings)
+    return train(config, named_models={"tiny": lambda: random_checkpoint(seed=seed)})
+
+
+def random_checkpoint(*, seed: int = 0) -> Path:
+    """Folder of the tiny model with random weights, and its tokenizer; in the cache."""
+    folder = cache_dir() / f"tiny-v3-random-{_recipe_hash(seed)}"
+    if not (folder / "config.json").exists():
+        tokenizer = make_tokenizer()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = deepseek_v3.DeepseekV3ForCausalLM(tiny_config(tokenizer))
+        aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        save_pretrained(aside, model, tokenizer)
+        _move(aside, folder)
+    return folder
+
+
+def _move(aside: Path, folder: Path) -> None:
     try:
         aside.rename(folder)
     except OSError:  # another process made the same one meanwhile
         shutil.rmtree(aside)
-    return folder
-
-
-def warm_up(
-    *,
-    seed: int,
-    config: SFTConfig = SFT,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-) -> tuple[deepseek_v3.DeepseekV3ForCausalLM, PreTrainedTokenizerFast]:
-    """Train the tiny model on the demonstrations from random weights."""
-    tokenizer = make_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = deepseek_v3.DeepseekV3ForCausalLM(tiny_config(tokenizer))
-    fine_tune(model, list(demonstrations(tokenizer, seed=seed)), config, on_step=on_step)
-    return model, tokenizer
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -77,13 +93,6 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def demonstrations(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Iterator[Example]:
-    """Training stories, each shown with one of its two completions."""
-    for i, row in enumerate(stories(DEMONSTRATIONS, split="train", seed=seed)):
-        direct = i % 10 < 10 * DIRECT_SHARE
-        yield encode_example(tokenizer, row["prompt"], row["direct" if direct else "worked"])
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -113,14 +122,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def cache_dir() -> Path:
-    """Where made models are kept: $XDG_CACHE_HOME or ~/.cache, in a folder of our own."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "r1-post-training"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _corpus() -> Iterable[str]:
     for row in stories(2_000, split="train", seed=0):
         yield row["prompt"][0]["content"]
@@ -134,15 +135,11 @@ def _recipe_hash(seed: int) -> str:
     """Hash of the code and settings that decide the warmed-up weights; comments and docstrings don't count."""
     root = Path(__file__).parent.parent
     sources = [
-        *sorted((root / "deepseek_v3").glob("*.py")),
-        root / "sft/train.py",
-        root / "sft/chat.py",
-        root / "runtime/stories.py",
-        root / "runtime/packed.py",
-        root / "runtime/logprobs.py",
+        *sorted(path for package in ("deepseek_v3", "sft") for path in (root / package).glob("*.py")),
+        *(root / f"runtime/{name}.py" for name in ("stories", "packed", "logprobs", "rows")),
         Path(__file__),
     ]
-    digest = hashlib.sha256(json.dumps([seed, torch.__version__]).encode())
+    digest = hashlib.sha256(json.dumps([seed, torch.__version__, CONFIG.read_text()]).encode())
     for source in sources:
         digest.update(_without_words(source.read_text()).encode())
     return digest.hexdigest()[:12]

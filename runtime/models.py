@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -37,6 +38,16 @@ def load_causal_lm(path: str | Path, *, dtype: torch.dtype = torch.float32, **kw
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a checkpoint."""
     return _from_path(AutoTokenizer.from_pretrained, path)
+
+
+def end_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a turn: the tokenizer's, and what the checkpoint's generation settings add to it."""
+    try:
+        ends = _from_path(GenerationConfig.from_pretrained, path).eos_token_id
+    except UserError:
+        ends = None
+    listed = ends if isinstance(ends, list) else [ends]
+    return sorted({end for end in (tokenizer.eos_token_id, *listed) if end is not None})
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

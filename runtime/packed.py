@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from deepseek_v3.attention import packed_attention
 from deepseek_v3.packing import Layout
-from runtime.logprobs import token_logprobs
+from runtime.logprobs import summed_logprobs, token_logprobs
 
 
 class Packed(NamedTuple):
@@ -110,6 +110,13 @@ def logprobs_at(
     head: Any = plain_model(model).get_output_embeddings()
     hidden_CD = packed_hidden(model, packed)[states_C]
     return token_logprobs(head, hidden_CD, targets_C, temperature=temperature, vocab_size=head.weight.shape[0])
+
+
+def logprobs_to_sum(model: nn.Module, packed: Packed, states_C: Tensor, targets_C: Tensor) -> Tensor:
+    """The log-probs of `logprobs_at`, (C,) fp32, for less, where the loss adds them up all with one weight."""
+    head: Any = plain_model(model).get_output_embeddings()
+    hidden_CD = packed_hidden(model, packed)[states_C]
+    return summed_logprobs(head, hidden_CD, targets_C, vocab_size=head.weight.shape[0])
 
 
 def packed_logprobs(

@@ -3,8 +3,8 @@
 Reads JSON lines (.jsonl, .json, either with .gz), Parquet, `datasets` names and folders, and the built-in
 stories. Layouts: `prompt`/`answer`; GSM8K's `question`/`answer`, where the answer follows `####`;
 NuminaMath's `problem`/`answer`. Other columns pass through to the rewards. A bad row is set aside with its
-line and the reason, never dropped silently, and a file with many of them is refused. Leaves out streaming:
-the rows are held in memory.
+line and the reason, never dropped silently, and a file with many of them is refused. `load_rows` holds
+the rows in memory; `read_raw` streams them as they stand, for who has layouts of their own (sft/sources.py).
 """
 
 import functools
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class Rows(list[Row]):
 
 
 class BadRow(Exception):
-    """Why a row can't be used. Raised and caught in this file only."""
+    """Why a row can't be used; whoever reads the rows catches it and counts the reason."""
 
     def __init__(self, reason: str, *, malformed: bool = True) -> None:
         super().__init__(reason)
@@ -87,11 +87,11 @@ def load_rows(source: str, *, limit: int | None = None, max_bad_fraction: float 
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: read at least one row, or leave it out to read all")
     rows = Rows(source=source)
-    for line, found in _read(source, limit):
+    for line, found in read_raw(source, limit):
         try:
-            row = normalise(_parse(found) if isinstance(found, bytes) else found)
+            row = normalise(parse(found) if isinstance(found, bytes) else found)
         except BadRow as bad:
-            rows.rejects.append(Reject(line=line, reason=bad.reason, text=_excerpt(found), malformed=bad.malformed))
+            rows.rejects.append(Reject(line=line, reason=bad.reason, text=excerpt(found), malformed=bad.malformed))
             continue
         rows.append(row)
         rows.lines.append(line)
@@ -106,7 +106,7 @@ def load_rows(source: str, *, limit: int | None = None, max_bad_fraction: float 
 def normalise(row: object) -> Row:
     """Return one row in TRL's columns; raise BadRow if it can't be used."""
     if not isinstance(row, dict):
-        raise BadRow(f"not an object but {_kind(row)}")
+        raise BadRow(f"not an object but {kind(row)}")
     out = dict(row)
     layout = next((key for key in ("prompt", "question", "problem") if row.get(key) is not None), None)
     if layout is None:
@@ -118,7 +118,7 @@ def normalise(row: object) -> Row:
     elif isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     elif not isinstance(answer, str):
-        raise BadRow(f"answer is {_kind(answer)}, not a string")
+        raise BadRow(f"answer is {kind(answer)}, not a string")
     if layout == "question" and "####" in answer:
         solution, _, final = answer.rpartition("####")
         answer = final.strip().replace(",", "")
@@ -168,9 +168,9 @@ def _prompt(value: object, layout: str) -> str | list[dict[str, Any]]:
             raise BadRow(f"empty {layout}")
         return value if layout == "prompt" else [{"role": "user", "content": value}]
     if layout != "prompt":
-        raise BadRow(f"{layout} is {_kind(value)}, not a string")
+        raise BadRow(f"{layout} is {kind(value)}, not a string")
     if not isinstance(value, list):
-        raise BadRow(f"prompt is {_kind(value)}, not a string or a list of messages")
+        raise BadRow(f"prompt is {kind(value)}, not a string or a list of messages")
     for message in value:
         if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
             raise BadRow("prompt has a message that isn't an object with the strings role and content")
@@ -179,31 +179,48 @@ def _prompt(value: object, layout: str) -> str | list[dict[str, Any]]:
     return [dict(message) for message in value]
 
 
-def _read(source: str, limit: int | None) -> Iterator[tuple[int, object]]:
-    """Yield (1-based line, bytes of JSON or an object) from whatever `source` names."""
+def kind_of(source: str) -> Literal["stories", "lines", "parquet", "dataset"]:
+    """What a source names; UserError if nothing is there or it is of no kind known here."""
     if source.partition(":")[0] == "stories":
-        split = source.partition(":")[2] or "train"
-        if split not in STORY_ROWS:
+        if source.partition(":")[2] not in ("", *STORY_ROWS):
             raise UserError(f'source {source!r}: the built-in stories are "stories" and "stories:heldout"')
-        n = limit or STORY_ROWS[split]
-        return enumerate(stories(n, split="train" if split == "train" else "heldout", seed=0), start=1)
+        return "stories"
     path = Path(source).expanduser()
     name = path.name.lower()
     if path.is_file() and name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return _read_lines(path, gzip.open if name.endswith(".gz") else open)
+        return "lines"
     if path.is_file() and name.endswith(".parquet"):
-        return _read_parquet(path)
+        return "parquet"
     if path.is_file():
         raise UserError(f"source {source!r}: can't tell what kind of file this is; rows come from {KINDS}")
     looks_like_path = name.endswith((".jsonl", ".json", ".gz", ".parquet")) or source.startswith(("/", ".", "~"))
     if looks_like_path and not Path(source.partition(":")[0]).expanduser().is_dir():
         raise UserError(f"source {source!r}: no such file or folder; rows come from {KINDS}")
-    return enumerate(_load_dataset(source), start=1)
+    return "dataset"
 
 
-def _read_lines(path: Path, opener: Any) -> Iterator[tuple[int, bytes]]:
+def read_raw(source: str, limit: int | None = None) -> Iterator[tuple[int, object]]:
+    """Yield (1-based line, bytes of JSON or an object) from whatever `source` names; `limit` is for stories only."""
+    what = kind_of(source)
+    if what == "stories":
+        split = source.partition(":")[2] or "train"
+        n = limit or STORY_ROWS[split]
+        return enumerate(stories(n, split="train" if split == "train" else "heldout", seed=0), start=1)
+    if what == "dataset":
+        return enumerate(load_dataset(source), start=1)
+    path = Path(source).expanduser()
+    return read_parquet(path) if what == "parquet" else read_lines(path)
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """A text file's bytes, unpacked if its name ends with .gz."""
+    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (1-based line, its bytes) of a file of JSON lines; blank ones are passed over."""
     try:
-        with opener(path, "rb") as file:
+        with open_lines(path) as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -218,7 +235,8 @@ def _read_lines(path: Path, opener: Any) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"source {str(path)!r}: can't be read: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+def read_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (1-based row, its object), or the bytes of a string that isn't UTF-8 in the row's place."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,7 +255,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
         raise UserError(f"source {str(path)!r}: not a readable Parquet file: {error}") from error
 
 
-def _load_dataset(source: str) -> Iterator[Row]:
+def load_dataset(source: str) -> Any:
+    """The split of a `datasets` name or folder, as a Dataset: "name", "name:split" or "name:config:split"."""
     base, *rest = source.split(":")
     folder = Path(base).expanduser()
     if len(rest) > 2 or not (folder.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
@@ -248,16 +267,17 @@ def _load_dataset(source: str) -> Iterator[Row]:
 
     try:
         if (folder / "state.json").is_file():  # one split, written by save_to_disk
-            return iter(datasets.load_from_disk(str(folder)))
+            return datasets.load_from_disk(str(folder))
         if (folder / "dataset_dict.json").is_file():
-            return iter(datasets.load_from_disk(str(folder))[split])
+            return datasets.load_from_disk(str(folder))[split]
         where = str(folder) if folder.is_dir() else base
-        return iter(datasets.load_dataset(where, rest[0] if len(rest) == 2 else None, split=split))
+        return datasets.load_dataset(where, rest[0] if len(rest) == 2 else None, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
         raise UserError(f"source {source!r}: `datasets` can't load it: {error}; rows come from {KINDS}") from error
 
 
-def _parse(line: bytes) -> object:
+def parse(line: bytes) -> object:
+    """One line of JSON; BadRow for broken UTF-8 or JSON, and for lone surrogates, which no tokenizer takes."""
     try:
         text = line.decode()
         row = json.loads(text)
@@ -286,11 +306,13 @@ def _refusal(rows: Rows, malformed: int, max_bad_fraction: float) -> str:
     )
 
 
-def _excerpt(found: object) -> str:
+def excerpt(found: object) -> str:
+    """The first 200 characters of a raw row."""
     if isinstance(found, bytes):
         return found[:800].decode(errors="backslashreplace").strip()[:200]
     return json.dumps(found, ensure_ascii=False, default=repr)[:200]
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """A value's type, for a reason."""
     return f"of type {type(value).__name__}" if value is not None else "null"

@@ -46,19 +46,24 @@ def is_sharded(module: nn.Module) -> bool:
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """State dict with whole tensors on the CPU, in the first process; empty in the others. All must call it."""
-    return get_model_state_dict(module, options=_WHOLE)
+    return dict(get_model_state_dict(module, options=_WHOLE))  # type: ignore[arg-type]
 
 
 def whole_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state by parameter name, whole, in the first process; empty in the others. All must call it.
 
-    The same from one process and from several, so a run may go on with another number of them.
+    The same from one process and from several, so a run may go on with another number of them. Empty before a first
+    step: torch would take one, of zeros, to have a state to give.
     """
+    if not optimizer.state:
+        return {}
     return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Put back what `whole_optimizer_state` gave, each process its part; `state` is looked at in the first one."""
+    if not state:
+        return
     options = _FROM_FIRST if is_sharded(module) else StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(module, optimizer, state, options=options)
 

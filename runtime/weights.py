@@ -23,6 +23,7 @@ def save_pretrained(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
     weights = {name: tensor.detach().clone() for name, tensor in checkpoint_tensors(model)}
     save_torch_state_dict(weights, folder)
     causal_lm = plain_model(model)
+    causal_lm.config.architectures = [type(causal_lm).__name__]  # vLLM takes a model that names none for an encoder
     causal_lm.config.save_pretrained(folder)
     if causal_lm.generation_config is not None:
         causal_lm.generation_config.save_pretrained(folder)

@@ -24,13 +24,14 @@ class Balance:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note scores and choices of the forward passes inside; of the last one only for `loss`."""
+    def watching(self, *, counted: bool = True) -> Iterator[None]:
+        """Note scores and choices of the forward pass inside for `loss` and, if it is to count, for `update`."""
         hooks = []
         for router, load in zip(self.routers, self._loads, strict=True):
 
             def note(scores_TE: Tensor, chosen_TK: Tensor, load: Tensor = load) -> None:
-                load += torch.bincount(chosen_TK.flatten(), minlength=len(load)).to(load)
+                if counted:
+                    load += torch.bincount(chosen_TK.flatten(), minlength=len(load)).to(load)
                 self._seen.append((scores_TE, chosen_TK))
 
             router.on_scores.append(note)
@@ -46,10 +47,11 @@ class Balance:
         """Σ over layers and sequences of Σ_e f_e·P_e (eq. 17-20 without α): 1 a sequence and layer at an even load.
 
         f_e = E/(K·T) · tokens of the sequence sent to e; P_e = the mean of its scores, normalised over experts.
+        differs: eq. 18 ranks the scores alone; here counts where tokens went, by bias and groups too.
         """
         total = torch.zeros(())
         for scores_TE, chosen_TK in self._seen:
-            T, E = scores_TE.shape
+            E = scores_TE.shape[1]
             sequence_T = torch.repeat_interleave(
                 torch.arange(len(layout.lengths)), torch.tensor(layout.lengths)
             ).to(scores_TE.device)  # fmt: skip

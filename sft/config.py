@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from runtime.settings import CheckpointConfig, LoraConfig, require
-from sft.mix import SourceConfig
+from sft.mix import SourceConfig, check_mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class OptimConfig:
 class EvaluationConfig:
     """Held-out loss by source, and accuracy by the project's rewards."""
 
-    mix: tuple[SourceConfig, ...] = ()
+    mix: tuple[SourceConfig | str, ...] = ()
     """Held-out sources, in any form the training mix takes."""
     every: int = 50
     """Steps between evaluations; 0: only before the first step and after the last."""
@@ -60,6 +60,11 @@ class EvaluationConfig:
             require(getattr(self, name) >= 1, f"evaluation.{name}={getattr(self, name)}: must be at least 1")
         require(self.every >= 0, f"evaluation.every={self.every}: steps, 0 for only before and after")
 
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The held-out mix with every path as a source."""
+        return as_sources(self.mix)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
@@ -67,16 +72,22 @@ class SFTConfig:
 
     model: str = "tiny"
     """Checkpoint folder or hub name of any causal LM; "tiny": the built-in V3 with random weights."""
-    mix: tuple[SourceConfig, ...] = field(default_factory=lambda: (SourceConfig(path="stories"),))
-    """Where the examples come from, each with its epochs or its weight in the mix."""
+    mix: tuple[SourceConfig | str, ...] = ("stories",)
+    """Where the examples come from: paths, or groups of path and epochs or weight."""
+    chat_template: str = "model"
+    """"model": its own, or plain lines where it has none. "project": ours (sft/chat.py), for DeepSeek's, which delete
+    the reasoning of earlier turns. Or a file. The checkpoint keeps it."""
     epochs: int = 2
     """Passes over the mix."""
     row_length: int = 4096
-    """Tokens of a packed row; longer examples are set aside and counted."""
+    """Tokens of a packed row, and most tokens of an example."""
     rows_per_step: int = 16
     """Rows of an optimizer step, over all processes."""
     rows_per_pass: int = 1
     """Rows of one forward and backward pass; gradients accumulate. Bounds memory, never changes the result."""
+    too_long: Literal["reject", "truncate"] = "reject"
+    """Examples longer than a row: "reject" sets them aside and counts them; "truncate" cuts off the answer and its end,
+    and so teaches never to finish."""
     max_bad_fraction: float = 0.1
     """Stop where more than this share of a source's examples can't be used."""
     train_turns: Literal["all", "last"] = "all"
@@ -93,6 +104,10 @@ class SFTConfig:
     """With several processes, spread weights, gradients and optimizer over them (FSDP2)."""
     workers: int | None = None
     """Processes that tokenise; unset: one per CPU."""
+    token_cache: str | None = None
+    """Folder of tokenised sources, shared by all runs; unset: in the user's cache."""
+    preview: int = 0
+    """Print so many examples, trained tokens marked, and exit."""
     bias_update_speed: float = 0.0
     """γ of the auxiliary-loss-free balancing: after a step the bias of overloaded experts falls by it, of others it
     rises. Pre-training: 1e-3. 0: off, as is usual after pre-training."""
@@ -111,10 +126,24 @@ class SFTConfig:
     """Go on from the newest good checkpoint in `run_dir`."""
 
     def __post_init__(self) -> None:
-        require(len(self.mix) > 0, "mix: give at least one source")
+        check_mix(self.sources)
         for name in ("epochs", "rows_per_step", "rows_per_pass"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
         require(self.row_length >= 2, f"row_length={self.row_length}: a row must hold a prompt token and a target")
         require(self.bias_update_speed >= 0, f"bias_update_speed={self.bias_update_speed}: use 0 for off")
         require(self.balance_loss >= 0, f"balance_loss={self.balance_loss}: use 0 for off")
         require(not (self.lora and self.optim.muon), "optim.muon: adapters are trained by AdamW; set it to false")
+        require(
+            not (self.balance_loss and self.gradient_checkpointing),
+            f"balance_loss={self.balance_loss}: gradient_checkpointing runs the routers twice; turn one off",
+        )
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The mix with every path as a source."""
+        return as_sources(self.mix)
+
+
+def as_sources(mix: tuple[SourceConfig | str, ...]) -> tuple[SourceConfig, ...]:
+    """Paths alone as sources seen once an epoch."""
+    return tuple(SourceConfig(path=source) if isinstance(source, str) else source for source in mix)

@@ -23,7 +23,7 @@ class Epochs:
         row_length: int,
         seed: int,
     ) -> None:
-        """lengths: tokens of each example. epoch_examples: the examples of an epoch, repeated where they count twice."""
+        """lengths: tokens of each example. epoch_examples: those of an epoch, repeated where they count twice."""
         self._lengths, self._examples = lengths, epoch_examples
         self._row_length, self._seed = row_length, seed
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
@@ -36,11 +36,12 @@ class Epochs:
 
     def row(self, index: int) -> Ints:
         """The examples of a row of the run. Raises IndexError past the last epoch."""
+        place = index
         for epoch, count in enumerate(self.counts):
-            if index < count:
-                return self._examples(epoch)[self.plan(epoch).row(index)]
-            index -= count
-        raise IndexError(f"row {index} of the run")
+            if place < count:
+                return self._examples(epoch)[self.plan(epoch).row(place)]
+            place -= count
+        raise IndexError(f"row {index} of a run of {len(self)}")
 
     def epoch_at(self, row: int) -> float:
         """How many epochs are over before this row, with fractions."""

@@ -1,15 +1,16 @@
 """A trainee on held-out data: its loss on each source, and how many problems it gets right."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rewards import resolve
-from runtime.packed import plain_model
 from runtime.rows import load_rows
 from runtime.statistics import wilson
 from runtime.weights import checkpoint_tensors
@@ -74,7 +75,8 @@ def sampled_accuracy(
 ) -> Accuracy:
     """Sample one completion for each of the first `samples` problems and grade it with our rewards."""
     rows = load_rows(problems, limit=samples)
-    sampler = NativeSampler(plain_model(model))
+    plain: Any = copy.deepcopy(model) if hasattr(model, "peft_config") else model
+    sampler = NativeSampler(plain if plain is model else plain.merge_and_unload())
     sampler.load(checkpoint_tensors(model), version=0)
     params = SamplingParams(n=1, max_tokens=max_tokens, stop_token_ids=(tokenizer.eos_token_id,))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]

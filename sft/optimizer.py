@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.sharding import load_optimizer_state, norm_of_gradients, whole_optimizer_state
+from runtime.errors import UserError
+from runtime.sharding import is_sharded, load_optimizer_state, norm_of_gradients, whole_optimizer_state
 from sft.config import OptimConfig
 from sft.trainee import Trainee
 
@@ -30,6 +31,8 @@ class Optimizer:
         self.trainee, self.config, self.steps = trainee, config, steps
         self.skipped = 0
         """Steps left out in a row, up to now."""
+        if config.muon and is_sharded(trainee):
+            raise UserError("optim.muon: it takes whole matrices; set shard to false, or muon to false")
         matrices, decayed, others = _groups(trainee, muon=config.muon)
         groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": config.weight_decay},
@@ -70,7 +73,9 @@ class Optimizer:
 
 def _groups(trainee: Trainee, *, muon: bool) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Muon's matrices, AdamW's decayed parameters, and the others (norms, biases, adapters' none)."""
-    matrices, decayed, others = [], [], []
+    matrices: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in trainee.named_parameters():
         if not p.requires_grad:
             continue

@@ -14,10 +14,11 @@ from runtime.weights import save_pretrained
 from sft.optimizer import Optimizer
 from sft.trainee import Trainee
 
+ADAPTER = "adapter"
+"""Folder of a checkpoint that peft loads."""
 
-def save_training_state(
-    trainee: Trainee, optimizer: Optimizer, *, step: int, best: float
-) -> Callable[[Path], None]:
+
+def save_training_state(trainee: Trainee, optimizer: Optimizer, *, step: int, best: float) -> Callable[[Path], None]:
     """Gather what `load_training_state` needs, in all processes; returns what writes it, for the first one.
 
     With full training the folder also loads as a checkpoint.
@@ -31,7 +32,7 @@ def save_training_state(
         if trainee.config.lora is None:
             save_pretrained(folder, model, trainee.tokenizer)
         else:
-            model.save_pretrained(folder / "adapter")  # type: ignore[operator]
+            model.save_pretrained(folder / ADAPTER)  # type: ignore[operator]
         save_state(folder, "optimizer", moments)
         save_state(folder, "trainer", trainer)
 
@@ -47,8 +48,8 @@ def checkpoint_bytes(trainee: Trainee) -> int:
 def load_training_state(folder: Path, trainee: Trainee, optimizer: Optimizer) -> tuple[int, float]:
     """Put everything back in place; returns the steps done and the lowest held-out loss.
 
-    The trainee must have been loaded from this folder, or with LoRA from the run's base model. Raises UserError if that
-    has another tokenizer by now: the same text would be other tokens.
+    The trainee must have been loaded from this folder, with LoRA its adapters from there and the rest from the run's
+    base model. Raises UserError if that has another tokenizer by now: the same text would be other tokens.
     """
     trainer = load_state(folder, "trainer")
     if trainer["tokenizer"] != tokenizer_hash(trainee.tokenizer):
@@ -56,10 +57,6 @@ def load_training_state(folder: Path, trainee: Trainee, optimizer: Optimizer) ->
             f"model={trainee.config.model!r}: its tokenizer or chat template is no longer the one this run was started "
             "with; put it back, or give another --run_dir"
         )
-    if trainee.config.lora is not None:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(trainee.model, load_peft_weights(str(folder / "adapter")))
     optimizer.load(load_state(folder, "optimizer"))
     optimizer.skipped = trainer["skipped"]
     set_rng_state(trainer["rng"])

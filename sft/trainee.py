@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,9 +23,18 @@ class Trainee(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, world: World
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SFTConfig,
+        world: World,
+        *,
+        adapters: Path | None = None,
     ) -> None:
-        """Adds adapters, compiles, shards, as `config` says. `model` is taken over, not copied."""
+        """Adds adapters, compiles, shards, as `config` says. `model` is taken over, not copied.
+
+        adapters: folder with the adapters' weights; by default they are new.
+        """
         super().__init__()
         self.config, self.world, self.tokenizer = config, world, tokenizer
         if tokenizer.eos_token_id is None:
@@ -42,18 +50,24 @@ class Trainee(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         self.model: nn.Module = model if config.lora is None else add_adapters(model, config.lora, config.seed)
+        if adapters is not None:
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_peft_weights(str(adapters)))
         layers: Any = plain_model(self.model).base_model.layers
         if config.compile:
             for layer in layers:
                 layer.compile()
-        self._skeleton: nn.Module | None = None
+        self._skeleton: tuple[nn.Module, ...] = ()  # in a tuple: no part of what is sharded
         if world.size > 1 and config.shard:
-            self._skeleton = copy.deepcopy(self.model).to("meta") if world.is_main else None
+            if world.is_main:
+                self._skeleton = (_without_weights(self.model),)
             shard(self, layers, world)
 
     def forward(self, packed: Packed, states_C: Tensor, targets_C: Tensor) -> Tensor:
         """log π(target), (C,) fp32; `states_C` says which token of the row predicts each target."""
-        return logprobs_at(self.model, packed, states_C, targets_C)[0]
+        # A copy: FSDP2 hangs its backward on what is returned, which a view would lose.
+        return logprobs_at(self.model, packed, states_C, targets_C)[0].clone()
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -65,9 +79,9 @@ class Trainee(nn.Module):
         if not is_sharded(self):
             return self.model
         state = whole_state(self)
-        if self._skeleton is None:
+        if not self._skeleton:
             return None
-        model = copy.deepcopy(self._skeleton)
+        model = copy.deepcopy(self._skeleton[0])
         model.load_state_dict({name.removeprefix("model."): t for name, t in state.items()}, strict=True, assign=True)
         return model
 
@@ -77,3 +91,8 @@ class Trainee(nn.Module):
             self.world.sum_gradients(self)
 
 
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy on the CPU whose parameters have no memory; buffers that no state dict holds (RoPE's) are as they were."""
+    parts: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    parts |= {id(b): b.cpu() for b in model.buffers()}
+    return copy.deepcopy(model, memo=parts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.logprobs import token_logprobs
+from runtime.logprobs import summed_logprobs, token_logprobs
 
 
 @pytest.fixture
@@ -120,3 +120,77 @@ def test_bf16_states_give_fp32_logprobs(head):
     assert logprobs.dtype == entropy.dtype == torch.float32
     exact = head(hidden.bfloat16()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(logprobs, exact, atol=1e-6, rtol=0)
+
+
+def of_token_logprobs(head, hidden, targets, **options):
+    return token_logprobs(head, hidden, targets, **options)[0]
+
+
+@pytest.mark.parametrize("per_chunk", [1, 4, 13])
+@pytest.mark.parametrize("kind", ["linear", "any other"])
+def test_log_probs_to_add_up_are_the_same_and_so_are_their_gradients(head, kind, per_chunk):
+    given = head if kind == "linear" else lambda hidden: head(hidden)
+    results = []
+    for work in (of_token_logprobs, summed_logprobs):
+        hidden, targets = states()
+        head.zero_grad()
+        for weight in (0.25, 3.0, 0.0):  # gradients accumulate
+            logprobs = work(given, hidden, targets, vocab_size=20, chunk_elements=20 * per_chunk)
+            (-logprobs.sum() * weight).backward()
+        results.append((logprobs, hidden.grad, head.weight.grad.clone()))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_log_probs_to_add_up_take_one_product_with_the_head_less(head):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = []
+    for work in (of_token_logprobs, summed_logprobs):
+        hidden, targets = states()
+        with FlopCounterMode(display=False) as counter:
+            work(head, hidden, targets, vocab_size=20).mean().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * 13 * 8 * 20
+
+
+def test_log_probs_to_add_up_refuse_a_loss_that_weighs_them(head):
+    hidden, targets = states()
+    logprobs = summed_logprobs(head, hidden, targets, vocab_size=20)
+    with pytest.raises(ValueError, match="token_logprobs"):
+        (logprobs * torch.arange(13)).sum().backward()
+
+
+def test_gradients_taken_on_the_way_are_not_scaled_twice(head):
+    loss = summed_logprobs(head, *states(), vocab_size=20).mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_a_frozen_head_or_frozen_states_get_no_gradient_of_a_sum(head):
+    hidden, targets = states()
+    head.requires_grad_(False)
+    summed_logprobs(head, hidden, targets, vocab_size=20).sum().backward()
+    assert head.weight.grad is None and hidden.grad is not None
+    head.requires_grad_(True)
+    summed_logprobs(head, hidden.detach(), targets, vocab_size=20).sum().backward()
+    assert head.weight.grad is not None
+    with torch.no_grad():
+        assert not summed_logprobs(head, hidden, targets, vocab_size=20).requires_grad
+
+
+def test_a_sum_under_autocast_scales_gradients_in_fp32(head):
+    """1/3 is not a bf16 number: rounding it would shrink every gradient alike."""
+    results = []
+    for work in (of_token_logprobs, summed_logprobs):
+        hidden, targets = states()
+        head.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs = work(head, hidden, targets, vocab_size=20, chunk_elements=100)
+        (logprobs.sum() / 3).backward()
+        results.append((logprobs, hidden.grad, head.weight.grad.clone()))
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        assert float((got * expected).sum() / expected.square().sum()) == pytest.approx(1, abs=1e-3)
+        torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)

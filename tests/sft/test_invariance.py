@@ -6,8 +6,8 @@ import torch
 import transformers
 
 import deepseek_v3
-from sft.batch import load_batch
 from runtime.packed import logprobs_at, packed_hidden
+from sft.batch import load_batch
 
 V3 = dict(vocab_size=96, initializer_range=0.15)
 PLAIN = dict(
