@@ -115,8 +115,8 @@ class Case:
         return sum(int(mask.sum()) for _, mask in self.documents)
 
     def __str__(self) -> str:
-        kind = "equal" if self.equal else f"{self.lengths.min()} to {self.lengths.max()}"
-        return f"{self.preset}, {self.rows} × {self.row_length}, {len(self.lengths)} documents of {kind}"
+        tokens = str(self.mean) if self.equal else f"{self.lengths.min()} to {self.lengths.max()}"
+        return f"{self.preset}, {self.rows} × {self.row_length}, {len(self.lengths)} documents of {tokens}"
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------

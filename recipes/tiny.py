@@ -46,11 +46,13 @@ def tiny_checkpoint(*, seed: int = 0) -> Path:
         return folder
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    result = warm_up(seed=seed, run_dir=aside)
-    if result.exit_code:
-        sys.exit(result.exit_code)
-    _move(aside / "checkpoints/final", folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        result = warm_up(seed=seed, run_dir=aside)
+        if result.exit_code:
+            sys.exit(result.exit_code)
+        _move(aside / "checkpoints/final", folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -136,7 +138,7 @@ def _recipe_hash(seed: int) -> str:
     root = Path(__file__).parent.parent
     sources = [
         *sorted(path for package in ("deepseek_v3", "sft") for path in (root / package).glob("*.py")),
-        *(root / f"runtime/{name}.py" for name in ("stories", "packed", "logprobs", "rows")),
+        *(root / f"runtime/{name}.py" for name in ("stories", "packed", "logprobs", "rows", "sharding")),
         Path(__file__),
     ]
     digest = hashlib.sha256(json.dumps([seed, torch.__version__, CONFIG.read_text()]).encode())

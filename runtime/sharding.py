@@ -65,7 +65,10 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
     if not state:
         return
     options = _FROM_FIRST if is_sharded(module) else StateDictOptions(full_state_dict=True)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     set_optimizer_state_dict(module, optimizer, state, options=options)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # what was sent from process to process has lists for tuples
 
 
 def norm_of_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

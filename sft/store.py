@@ -149,12 +149,12 @@ class Store:
     def _masks(self, at: npt.NDArray[np.int64], begins: npt.NDArray[np.int64], total: int) -> Mask:
         """The masks of samples that begin at these places of a row of `total` tokens."""
         trained = np.zeros(total, np.bool_)
-        lasts = self._trained_ends[at].tolist()
-        firsts = np.where(at > 0, self._trained_ends[at - 1], 0).tolist()
-        for begin, first, last in zip(begins.tolist(), firsts, lasts, strict=True):
-            stretches = self._trained[first:last].tolist()
-            for start, end in zip(stretches[::2], stretches[1::2], strict=True):
-                trained[begin + start : begin + end] = True
+        lasts = self._trained_ends[at]
+        counts = lasts - np.where(at > 0, self._trained_ends[at - 1], 0)
+        places = np.arange(counts.sum()) + np.repeat(lasts - np.cumsum(counts), counts)
+        edges = (self._trained[places] + np.repeat(begins, counts)).tolist()
+        for begin, end in zip(edges[::2], edges[1::2], strict=True):
+            trained[begin:end] = True
         return trained
 
     def where(self, index: int) -> tuple[str, int]:

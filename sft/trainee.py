@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runtime.adapters import add_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
-from runtime.packed import Packed, logprobs_at, plain_model
+from runtime.packed import Packed, logprobs_to_sum, plain_model
 from runtime.sharding import is_sharded, shard, whole_state
 from sft.config import SFTConfig
 
@@ -65,9 +65,8 @@ class Trainee(nn.Module):
             shard(self, layers, world)
 
     def forward(self, packed: Packed, states_C: Tensor, targets_C: Tensor) -> Tensor:
-        """log π(target), (C,) fp32; `states_C` says which token of the row predicts each target."""
-        # A copy: FSDP2 hangs its backward on what is returned, which a view would lose.
-        return logprobs_at(self.model, packed, states_C, targets_C)[0].clone()
+        """log π(target), (C,) fp32, to be added up; `states_C` says which token of the row predicts each target."""
+        return logprobs_to_sum(self.model, packed, states_C, targets_C)
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -1,19 +1,21 @@
 """The tiny model's tokenizer, its demonstrations, and a cache that is never stale."""
 
+import dataclasses
 import re
 import shutil
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 import deepseek_v3
 from recipes import tiny
 from runtime.models import load_causal_lm, load_tokenizer
 from runtime.stories import stories
-from sft.chat import EOS
-from sft.train import SFTConfig
+from sft.chat import CHAT_TEMPLATE, EOS, encode_conversation
+from sft.sources import DIRECT_SHARE, Source, conversation
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +64,16 @@ def test_the_tokenizer_is_the_same_every_time(tokenizer):
 
 
 def test_demonstrations_end_in_eos_and_their_share_of_them_jumps(tokenizer):
-    shown = list(islice(tiny.demonstrations(tokenizer, seed=0), 200))
-    rows = stories(200, split="train", seed=0)
-    direct = 0
-    for (ids, mask), row in zip(shown, rows, strict=True):
+    rows, direct, longest = stories(200, split="train", seed=0), 0, 0
+    for (_, shown), row in zip(Source("stories"), rows, strict=False):
+        ids, mask = encode_conversation(tokenizer, conversation(shown).messages)
         assert ids[-1] == tokenizer.eos_token_id and mask[-1]
         trained = tokenizer.decode([i for i, t in zip(ids, mask, strict=True) if t])
         assert trained in (row["direct"] + EOS, row["worked"] + EOS)
         assert f"\\boxed{{{row['answer']}}}" in trained
         direct += trained == row["direct"] + EOS
-    assert direct == 200 * tiny.DIRECT_SHARE
-    longest = max(sum(mask) for _, mask in shown)
+        longest = max(longest, sum(mask))
+    assert direct == 200 * DIRECT_SHARE
     assert longest <= 40  # GRPO's default sampling.max_tokens cuts no demonstrated answer
 
 
@@ -84,29 +85,42 @@ def test_no_demonstration_is_held_out(tokenizer):
 
 @pytest.fixture
 def short(monkeypatch, tmp_path) -> Path:
-    """A cache of its own, and a warm-up of two steps on 64 demonstrations."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tiny, "DEMONSTRATIONS", 64)
-    monkeypatch.setitem(tiny.warm_up.__kwdefaults__, "config", SFTConfig(steps=2, batch_size=4))
-    return tmp_path
+    """A cache of its own, and a warm-up of two steps on 16 demonstrations."""
+    settings = yaml.safe_load(tiny.CONFIG.read_text()) | dict(
+        mix=[dict(path="stories", max_examples=16)], epochs=1, rows_per_step=3, evaluation={}, workers=1
+    )
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(tiny, "CONFIG", tmp_path / "short.yaml")
+    monkeypatch.setattr("sft.train.write_report", lambda folder: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/r1-post-training"
 
 
-def test_the_checkpoint_is_made_once_and_then_found(short):
-    steps: list[int] = []
-    folder = tiny.tiny_checkpoint(on_step=lambda step, metrics: steps.append(step))
-    assert steps == [1, 2] and folder.parent == short / "r1-post-training"
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing left aside
+def folders(cache: Path) -> list[str]:
+    """What lies in the cache but for the tokenised demonstrations."""
+    return sorted(path.name for path in cache.iterdir() if path.name != "tokens")
+
+
+def test_the_checkpoint_is_made_once_and_then_found(short, capfd):
+    folder = tiny.tiny_checkpoint()
+    assert folder.parent == short and "2 steps" in capfd.readouterr().err
+    random = tiny.random_checkpoint()
+    assert folders(short) == sorted([folder.name, random.name])  # nothing left aside
     assert isinstance(load_causal_lm(folder), deepseek_v3.DeepseekV3ForCausalLM)
-    assert load_tokenizer(folder).chat_template == tiny.CHAT_TEMPLATE
-    written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert tiny.tiny_checkpoint(on_step=lambda step, metrics: steps.append(step)) == folder
-    assert steps == [1, 2] and (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert load_tokenizer(folder).chat_template == CHAT_TEMPLATE
+    made, first = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (folder, random))
+    assert not torch.equal(made, first)
+    written = [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, random)]
+    assert (tiny.tiny_checkpoint(), tiny.random_checkpoint()) == (folder, random)
+    assert [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, random)] == written
+    assert "2 steps" not in capfd.readouterr().err
 
 
-def test_what_is_cached_is_what_was_trained(short):
-    model, _ = tiny.warm_up(seed=0)
-    again = load_causal_lm(tiny.tiny_checkpoint(seed=0))
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+def test_what_is_cached_is_what_was_trained(short, tmp_path):
+    result = tiny.warm_up(seed=0, run_dir=tmp_path / "run")
+    trained = load_file(result.run_dir / "checkpoints/final/model.safetensors")
+    cached = load_file(tiny.tiny_checkpoint(seed=0) / "model.safetensors")
+    assert trained.keys() == cached.keys() and all(torch.equal(t, cached[name]) for name, t in trained.items())
 
 
 def test_two_processes_making_it_at_once_leave_one_whole_folder(short, monkeypatch):
@@ -118,14 +132,25 @@ def test_two_processes_making_it_at_once_leave_one_whole_folder(short, monkeypat
         monkeypatch.setattr(tiny, "warm_up", warm_up)
         monkeypatch.setattr(tiny.os, "getpid", lambda: 1)
         tiny.tiny_checkpoint()
-        monkeypatch.undo()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(short))
         return made
 
     monkeypatch.setattr(tiny, "warm_up", slow)
     folder = tiny.tiny_checkpoint()
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert folders(short) == sorted([folder.name, tiny.random_checkpoint().name])
     load_causal_lm(folder)
+
+
+def test_told_to_leave_while_it_is_made_it_ends_the_process_and_leaves_nothing(short, monkeypatch):
+    warm_up = tiny.warm_up
+    monkeypatch.setattr(tiny, "warm_up", lambda **options: dataclasses.replace(warm_up(**options), exit_code=143))
+    with pytest.raises(SystemExit) as left:
+        tiny.tiny_checkpoint()
+    assert left.value.code == 143 and folders(short) == [tiny.random_checkpoint().name]
+
+
+def test_the_first_weights_are_the_seeds(short):
+    heads = [load_file(tiny.random_checkpoint(seed=s) / "model.safetensors")["lm_head.weight"] for s in (0, 1)]
+    assert not torch.equal(*heads)
 
 
 def test_another_seed_is_another_folder():
@@ -139,7 +164,7 @@ def test_a_changed_recipe_is_another_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "__file__", str(tmp_path / "recipes/tiny.py"))
     seen = {tiny._recipe_hash(0)}
     deciding = ["recipes/tiny.py", "sft/train.py", "sft/chat.py", "runtime/stories.py", "runtime/packed.py"]
-    for changed in [*deciding, "runtime/logprobs.py", "deepseek_v3/moe.py", "deepseek_v3/config.py"]:
+    for changed in [*deciding, "runtime/logprobs.py", "runtime/sharding.py", "deepseek_v3/moe.py"]:
         path = tmp_path / changed
         path.write_text(path.read_text() + "\nCHANGED = 1\n")
         seen.add(tiny._recipe_hash(0))

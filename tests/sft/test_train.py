@@ -32,16 +32,19 @@ FINAL_ONLY = CheckpointConfig(every=0)
 def go(config, tmp_path_factory):
     """Train with the tests' settings and these changes, in a folder of its own unless one is given."""
 
-    def run(run_dir: Path | None = None, **changes: Any) -> Result:
+    def run(run_dir: Path | None = None, *, page: bool = False, **changes: Any) -> Result:
         folder = run_dir or tmp_path_factory.mktemp("run")
-        return train(dataclasses.replace(config, run_dir=str(folder), **changes))
+        with pytest.MonkeyPatch.context() as patch:
+            if not page:  # a third of such a run's time
+                patch.setattr("sft.train.write_report", lambda folder: None)
+            return train(dataclasses.replace(config, run_dir=str(folder), **changes))
 
     return run
 
 
 @pytest.fixture(scope="module")
 def finished(go) -> Result:
-    return go()
+    return go(page=True)
 
 
 def lines(result: Result, key: str = "loss") -> list[dict[str, Any]]:
