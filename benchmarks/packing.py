@@ -14,6 +14,7 @@ store.
 import argparse
 import hashlib
 import itertools
+import resource
 import sys
 import tempfile
 import time
@@ -42,10 +43,18 @@ class Turn(NamedTuple):
     """What one turn took."""
 
     seconds: float
+    cpu_seconds: float
+    """Of all its threads and processes: what a busy machine leaves alone."""
     held: int
     """Most bytes of memory until now, above those before the first."""
     planning: float
     """Of the seconds."""
+
+
+def cpu_seconds() -> float:
+    """Of this process so far, with those of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in used)
 
 
 def main() -> int:
@@ -59,15 +68,15 @@ def main() -> int:
         folder = Path(name)
         tokens = generate(folder, args.examples)
         print(f"{args.examples:,} examples, {tokens:,} tokens, rows of {ROW_LENGTH}", end="; ", flush=True)
-        ours = Contestant("ours", serve_ours, folder, threads=1)
-        peers = [
-            Contestant(name, serve_trl, folder, args.threads, columns, threads=args.threads)
-            for name, columns in (("TRL", ["input_ids", "labels"]), ("TRL, ids only", ["input_ids"]))
-        ]
+        contestants: list[Contestant] = []
         try:
-            return compare([ours, *peers], args.rounds)
+            contestants.append(Contestant("ours", serve_ours, folder, threads=1))
+            for system, columns in (("TRL", ["input_ids", "labels"]), ("TRL, ids only", ["input_ids"])):
+                peer = Contestant(system, serve_trl, folder, args.threads, columns, threads=args.threads)
+                contestants.append(peer)
+            return compare(contestants, args.rounds)
         finally:
-            for contestant in (ours, *peers):
+            for contestant in contestants:
                 contestant.close()
 
 
@@ -90,13 +99,15 @@ def compare(contestants: list[Contestant], rounds: int) -> int:
             name,
             spread(taken, ".1f"),
             "1" if name == "ours" else ratio(seconds["ours"], taken),
+            spread([turn.cpu_seconds for turn in turns[name]], ".1f"),
             spread([turn.planning for turn in turns[name]], ".2f") if name == "ours" else "–",
             f"{made[name]['fill']:.2%}",
             f"{peak_bytes[name] / 2**20:,.0f}",
         ]
         for name, taken in seconds.items()
     ]
-    print(table(["system", "seconds", "times ours", "of which planning", "fill", "peak MiB above imports"], rows))
+    header = ["system", "seconds", "times ours", "CPU seconds", "planning", "fill", "peak MiB above imports"]
+    print(table(header, rows))
     failed = [
         *(["fill"] if made["ours"]["fill"] < LEAST_FILL else []),
         *(["memory"] if peak_bytes["ours"] > MOST_MEMORY else []),
@@ -142,12 +153,12 @@ def serve_ours(turns: Turns, folder: Path) -> None:
     turns.answer({"chose": "ours with one thread"})
     for request in turns:
         warm(folder.glob("*.arrow"))
-        began = time.perf_counter()
+        began, used = time.perf_counter(), cpu_seconds()
         planned, (planning, examples) = timed(plan)
         if request == "time":
             for _ in rows(planning, examples):
                 pass
-            turns.answer(Turn(time.perf_counter() - began, peak() - before, planned))
+            turns.answer(Turn(time.perf_counter() - began, cpu_seconds() - used, peak() - before, planned))
             continue
         lengths = store.lengths[examples]
         packed = ((ids, lengths[planning.row(row)]) for row, (ids, _) in enumerate(rows(planning, examples)))
@@ -177,9 +188,10 @@ def serve_trl(turns: Turns, folder: Path, most: int, columns: list[str]) -> None
     turns.answer({"chose": f"pack_dataset with num_proc={processes}, batch_size={size}"})
     for request in turns:
         warm([folder / "trl.stream"])
+        used = cpu_seconds()
         seconds, packed = timed(lambda: pack(dataset, num_proc=processes, batch_size=size))
         if request == "time":
-            turns.answer(Turn(seconds, peak() - before, 0.0))
+            turns.answer(Turn(seconds, cpu_seconds() - used, peak() - before, 0.0))
             forget(packed)
             continue
         tables = packed.with_format("arrow").iter(batch_size=1000)

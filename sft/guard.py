@@ -100,7 +100,11 @@ def first_examples(
         content = conversation(rows[sample["line"]])
         if train_turns == "last" and isinstance(content, Conversation):
             content = content._replace(train_turns="last")
-        examples.append(Example(source=source.path, content=content, **sample))
+        trained = np.zeros(len(sample["ids"]), np.bool_)
+        for begin, end in zip(sample["trained"][::2], sample["trained"][1::2], strict=True):
+            trained[begin:end] = True
+        line, ids = sample["line"], sample["ids"]
+        examples.append(Example(source=source.path, line=line, content=content, ids=ids, trained=trained))
     if not examples:
         rejects = json.loads(batch.schema.metadata[b"rejects"])
         why = "line {}: {}: {}".format(*rejects[0]) if rejects else "it has none"

@@ -152,6 +152,9 @@ def test_log_probs_to_add_up_take_one_product_with_the_head_less(head):
             work(head, hidden, targets, vocab_size=20).mean().backward()
         flops.append(counter.get_total_flops())
     assert flops[0] - flops[1] == 2 * 13 * 8 * 20
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        summed_logprobs(head, *states(), vocab_size=20)
+    assert counter.get_total_flops() == 2 * 13 * 8 * 20
 
 
 def test_log_probs_to_add_up_refuse_a_loss_that_weighs_them(head):
@@ -171,7 +174,9 @@ def test_gradients_taken_on_the_way_are_not_scaled_twice(head):
 def test_a_frozen_head_or_frozen_states_get_no_gradient_of_a_sum(head):
     hidden, targets = states()
     head.requires_grad_(False)
-    summed_logprobs(head, hidden, targets, vocab_size=20).sum().backward()
+    logprobs = summed_logprobs(head, hidden, targets, vocab_size=20)
+    assert logprobs.grad_fn.saved_tensors[1] is None  # none of the head's size is made
+    logprobs.sum().backward()
     assert head.weight.grad is None and hidden.grad is not None
     head.requires_grad_(True)
     summed_logprobs(head, hidden.detach(), targets, vocab_size=20).sum().backward()

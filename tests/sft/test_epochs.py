@@ -51,6 +51,14 @@ def test_rows_depend_on_the_seed_and_their_place_alone():
     assert [whole[i] for i in first] != [whole[i] for i in second]
 
 
+def test_neighbours_change_from_epoch_to_epoch():
+    """Even of the same examples in the same order."""
+    lengths, everyone = np.full(12, 4), np.arange(12)
+    epochs = Epochs(lengths, epoch_examples=lambda epoch: everyone, epochs=2, row_length=12, seed=0)
+    first, second = ({frozenset(row) for row in rows(epochs)[start : start + 4]} for start in (0, 4))
+    assert first != second
+
+
 def test_the_epoch_of_a_row_counts_what_lies_before_it():
     epochs = make(epochs=2)
     first, second = epochs.counts

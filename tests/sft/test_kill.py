@@ -5,6 +5,7 @@ take is tests/runtime/test_checkpoint.py's matter.
 """
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.checkpoint import latest_checkpoint
 from runtime.errors import EXIT_DISK
 from runtime.metrics import read_metrics
-from runtime.models import load_tokenizer
+from runtime.models import load_causal_lm, load_tokenizer
 
 VARIANTS = {
     "lora": ("--lora.rank=2",),
@@ -146,32 +148,41 @@ def test_a_finished_run_killed_while_it_replaces_its_final_checkpoint_keeps_one(
     assert trials.wrong(tmp_path / "run") == []
 
 
-def test_a_skipped_step_is_none_after_a_resume_either(commands, outcome, config, v3, tokenizer, tmp_path):
-    """A gradient that is never finite at first: the optimizer's first step comes after the checkpoint."""
-    import torch
-
-    from runtime.models import load_causal_lm
-
+@pytest.fixture
+def poisoned(v3, tokenizer, tmp_path) -> tuple[str, ...]:
+    """Settings of a run on two examples in turn; one has a token whose embedding is not a number."""
     model = load_causal_lm(v3)
     (token,) = tokenizer("+", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        model.model.embed_tokens.weight[token] = float("nan")
+        model.model.embed_tokens.weight[token] = math.nan
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"messages": [dict(role="user", content=q), dict(role="assistant", content="20 cards")]} for q in ("1+1", "Ana")]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--model", str(tmp_path / "model"), f"--mix=[{tmp_path / 'rows.jsonl'}]", "--row_length=12", "--seed=3")
-    flags = (*flags, "--rows_per_step=1", "--evaluation.problems=null", "--evaluation.mix=[]")
-    assert commands.sft(tmp_path / "whole", *flags).code == 0
+    for name, questions in (("one", ("1+1", "Ana")), ("both", ("1+1", "2+2"))):
+        rows = [{"messages": [dict(role="user", content=q), dict(role="assistant", content="20")]} for q in questions]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--row_length=12", "--rows_per_step=1", "--evaluation.problems=null", "--evaluation.mix=[]")
+    return ("--model", str(tmp_path / "model"), f"--mix={tmp_path / 'one.jsonl'}", "--seed=3", *flags)
+
+
+def test_a_first_step_that_was_skipped_is_none_after_a_save_and_a_resume_either(commands, outcome, poisoned, tmp_path):
+    assert commands.sft(tmp_path / "whole", *poisoned).code == 0
     skipped = [m["step"] for m in read_metrics(tmp_path / "whole/metrics.jsonl") if m["grad_norm"] is None]
     assert len(skipped) == 2 and skipped[0] == 1
-    assert commands.sft(tmp_path / "run", *flags, FAILPOINT="sft/stepped:2").code == -signal.SIGKILL
-    assert commands.sft(tmp_path / "run", *flags).code == 0
+    assert commands.sft(tmp_path / "run", *poisoned, FAILPOINT="sft/stepped:2").code == -signal.SIGKILL
+    assert commands.sft(tmp_path / "run", *poisoned).code == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    saved = ("--checkpoint.every=0",)
-    assert commands.sft(tmp_path / "unsaved", *flags, *saved).code == 0
+    assert commands.sft(tmp_path / "unsaved", *poisoned, "--checkpoint.every=0").code == 0
     final = "checkpoints/final/model.safetensors"
     assert (tmp_path / "unsaved" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+
+
+def test_bad_gradients_in_a_row_are_counted_across_a_resume(commands, poisoned, tmp_path):
+    flags = (*poisoned, f"--mix={tmp_path / 'both.jsonl'}")
+    ended = commands.sft(tmp_path / "run", *flags, FAILPOINT="sft/recorded:2", FAILPOINT_SIGNAL="SIGTERM")
+    assert ended.code == 128 + signal.SIGTERM, ended.output
+    ended = commands.sft(tmp_path / "run", *flags)
+    assert ended.code == 1 and "nan in 3 steps in a row" in ended.output
+    assert [path.name for path in sorted((tmp_path / "run").glob("skipped-*"))][-1] == "skipped-000003.json"
 
 
 # Disks and damage.

@@ -1,4 +1,4 @@
-"""Two processes on gloo, sharded or not, come to what one does: real processes, in steps whose rows they can't halve."""
+"""Two processes on gloo, sharded or not, come to what one does: real ones, in steps whose rows can't be halved."""
 
 import signal
 import subprocess
@@ -27,6 +27,7 @@ def run(commands, tmp_path_factory):
         run_dir = run_dir or tmp_path_factory.mktemp("run") / "run"
         ended = commands.sft(run_dir, *flags, processes=processes, **options)
         assert ended.codes == [0] * processes, ended.output
+        assert ended.output.count("run folder  ") == 1  # one process speaks for all
         return run_dir
 
     return start
@@ -76,13 +77,8 @@ def test_rows_that_cant_be_dealt_evenly_count_once_each_and_so_do_their_loads(ru
     alone, together = run(*flags, processes=1), run(*flags, f"--shard={shard}", processes=2)
     assert [m["step"] for m in read_metrics(alone / "metrics.jsonl") if "loss" in m] == [1, 2]
     assert_same(alone, together)
-    loads = [[m["router/max_load"] for m in read_metrics(r / "metrics.jsonl") if "loss" in m] for r in (alone, together)]
-    assert loads[0] == loads[1]
-
-
-def test_every_process_speaks_but_one_reports(commands, two):
-    shown = [(commands.folder / f"output-{rank}").read_text().count("held-out accuracy") for rank in (0, 1)]
-    assert shown in ([1, 0], [0, 0])
+    loads = [[m.get("router/max_load") for m in read_metrics(r / "metrics.jsonl")] for r in (alone, together)]
+    assert loads[0] == loads[1] and loads[0][1] >= 1
 
 
 def test_a_model_with_a_tied_head_is_sharded_too_and_samples(run, llama, one):
@@ -136,7 +132,9 @@ def test_sharded_and_killed_it_resumes_bit_for_bit(run, commands, outcome, two, 
 
 def test_a_signal_to_one_process_lets_all_leave_after_a_save(run, commands, outcome, two, tmp_path):
     """Only the first process writes checkpoints, and with it only it passes this point."""
-    ended = commands.sft(tmp_path / "run", processes=2, FAILPOINT="checkpoint/before-write:2", FAILPOINT_SIGNAL="SIGTERM")
+    ended = commands.sft(
+        tmp_path / "run", processes=2, FAILPOINT="checkpoint/before-write:2", FAILPOINT_SIGNAL="SIGTERM"
+    )
     assert ended.codes == [128 + signal.SIGTERM, 0], ended.output
     assert latest_checkpoint(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-000002"
     run(processes=2, run_dir=tmp_path / "run")

@@ -19,7 +19,7 @@ from runtime.metrics import read_metrics
 from runtime.models import load_causal_lm, load_tokenizer
 from runtime.run_folder import open_run
 from sft.chat import encode_conversation
-from sft.config import CheckpointConfig, EvaluationConfig, LoraConfig, OptimConfig, SFTConfig
+from sft.config import CheckpointConfig, EvaluationConfig, LoraConfig, OptimConfig
 from sft.mix import SourceConfig
 from sft.train import NonFinite, Result, train
 
@@ -65,10 +65,13 @@ def assert_close(a: Result, b: Result, limit: float = 1e-5) -> None:
         torch.testing.assert_close(tensor, weights(b)[name], rtol=0, atol=limit, msg=name)
 
 
+def messages_of(turns: tuple[str, ...]) -> list[dict[str, str]]:
+    return [dict(role=("user", "assistant")[i % 2], content=content) for i, content in enumerate(turns)]
+
+
 def write(path: Path, *conversations: tuple[str, ...]) -> str:
     """A JSONL source: of each conversation what user and assistant say in turn."""
-    rows = [[dict(role=("user", "assistant")[i % 2], content=c) for i, c in enumerate(turns)] for turns in conversations]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({"messages": messages_of(turns)}) + "\n" for turns in conversations))
     return str(path)
 
 
@@ -98,14 +101,12 @@ def test_two_examples_are_learnt_by_heart(go, tmp_path):
 
 def test_the_loss_is_the_plain_mean_over_what_the_assistant_says_and_its_end(go, v3, tokenizer, tmp_path):
     talks = [("1+1?", "2"), ("How many cards?", "<think>20-3</think>17", "And pens?", "4"), ("Ana?", "20 cards")]
-    result = go(
-        mix=(write(tmp_path / "three.jsonl", *talks),), epochs=1, rows_per_step=9, evaluation=QUIET, checkpoint=FINAL_ONLY
-    )
+    mix = (write(tmp_path / "three.jsonl", *talks),)
+    result = go(mix=mix, epochs=1, rows_per_step=9, evaluation=QUIET, checkpoint=FINAL_ONLY)
     model, total, count = load_causal_lm(v3), 0.0, 0
     said = 0
     for turns in talks:
-        messages = [dict(role=("user", "assistant")[i % 2], content=c) for i, c in enumerate(turns)]
-        ids, trained = map(torch.tensor, encode_conversation(tokenizer, messages))
+        ids, trained = map(torch.tensor, encode_conversation(tokenizer, messages_of(turns)))
         logp = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
         total -= float(logp.detach().gather(1, ids[1:, None])[:, 0][trained[1:]].sum())
         count += int(trained.sum())
@@ -173,9 +174,8 @@ def test_losses_and_weights_are_those_of_trls_trainer(go, llama, tmp_path):
     )
     assert len(losses(ours)) == 4 and {m["epoch"] for m in lines(ours)} == {1, 2, 3, 4}
     rows = []
-    for question, answer in talks:
-        messages = [dict(role="user", content=question), dict(role="assistant", content=answer)]
-        ids, trained = encode_conversation(load_tokenizer(llama), messages)
+    for turns in talks:
+        ids, trained = encode_conversation(load_tokenizer(llama), messages_of(turns))
         rows.append({"input_ids": ids, "completion_mask": [int(t) for t in trained]})
     trainer = SFTTrainer(
         model=transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32),
@@ -260,7 +260,9 @@ def test_held_out_loss_is_measured_before_during_and_after(finished, config):
 
 
 def test_the_logged_held_out_loss_is_the_final_checkpoints_own(finished, config, tokenizer):
-    model = transformers.AutoModelForCausalLM.from_pretrained(finished.run_dir / "checkpoints/final", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        finished.run_dir / "checkpoints/final", dtype=torch.float32
+    )
     total, count = 0.0, 0
     for row in Path(config.evaluation.mix[0]).read_text().splitlines():
         ids, trained = map(torch.tensor, encode_conversation(tokenizer, json.loads(row)["messages"]))
@@ -272,7 +274,7 @@ def test_the_logged_held_out_loss_is_the_final_checkpoints_own(finished, config,
 
 def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(go, data, tmp_path):
     """A held-out example that is trained first, and then unlearnt at a high rate."""
-    result = go(
+    options = dict(
         mix=(write(tmp_path / "a.jsonl", ("1+1?", "2")),),
         epochs=10,
         rows_per_step=1,
@@ -280,9 +282,11 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(go, data, tmp_p
         evaluation=EvaluationConfig(mix=(str(data / "held.jsonl"),), every=1),
         checkpoint=CheckpointConfig(every=1, keep=9),
     )
+    result = go(**options)
     held_out = {m["step"]: m["eval/loss"] for m in lines(result, "eval/loss") if m["step"]}
     best = min(held_out, key=held_out.__getitem__)
     assert best not in (1, result.steps), held_out
+    go(result.run_dir, resume=True, **options)  # evaluates the last step again: still not the best
     step, kept = weights(result, f"step-{best:06d}"), weights(result, "best")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in step.items())
     assert (result.run_dir / "checkpoints/best/README.md").read_text().count(f"| step | {best} |") == 1
@@ -326,16 +330,19 @@ def test_the_model_card_says_what_was_trained_on_and_how(finished, config, data)
     assert f"`{data}/names.jsonl`" in rows[1]
     hashes = {row.rsplit("`", 2)[1] for row in rows}
     assert len(hashes) == 2 and all((Path(config.token_cache) / name).is_dir() for name in hashes)
-    for setting in ("| epochs | 2 |", "| row_length | 48 |", "| learning rate | 0.01 to 0.001, cosine |", "| seed | 0 |"):
+    for setting in (
+        "| epochs | 2 |",
+        "| row_length | 48 |",
+        "| learning rate | 0.01 to 0.001, cosine |",
+        "| seed | 0 |",
+    ):
         assert setting in body
 
 
 def test_a_hostile_name_of_a_source_stays_one_cell_of_code(go, tmp_path):
     folder = tmp_path / "a|b`<script>\n# Best\n\x1b[31m"
     folder.mkdir()
-    result = go(
-        mix=(write(folder / "x.jsonl", ("1+1?", "2")),), epochs=1, evaluation=QUIET, checkpoint=FINAL_ONLY
-    )
+    result = go(mix=(write(folder / "x.jsonl", ("1+1?", "2")),), epochs=1, evaluation=QUIET, checkpoint=FINAL_ONLY)
     card = (result.run_dir / "checkpoints/final/README.md").read_text()
     assert "\x1b" not in card and "\n# Best" not in card
     (row,) = [line for line in card.splitlines() if "x.jsonl" in line]
@@ -401,7 +408,7 @@ def test_a_used_folder_is_refused_without_resume_and_with_other_settings(finishe
     with pytest.raises(UserError, match="--resume"):
         go(finished.run_dir)
     for changes in ({"seed": 1}, {"row_length": 64}, {"optim": OptimConfig(lr=0.02)}):
-        with pytest.raises(UserError, match="seed|row_length|optim"):
+        with pytest.raises(UserError, match=r"seed|row_length|optim"):
             go(finished.run_dir, resume=True, **changes)
 
 
@@ -462,5 +469,3 @@ def test_a_mix_of_weights_is_trained_too(go, data):
     result = go(mix=mix, evaluation=QUIET, checkpoint=FINAL_ONLY)
     assert losses(result)[-1] < losses(result)[0]
     assert "weight 1" in (result.run_dir / "checkpoints/final/README.md").read_text()
-
-
