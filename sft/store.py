@@ -282,6 +282,8 @@ class _Builder:
                     tracker.update(samples + rejects.total(), {"tokens_per_second": new / (now - began)})
                 if rejects.total() > self.max_bad_fraction * total:
                     break  # whatever follows: too many, and what was done is kept
+            else:
+                total = samples + rejects.total()  # blank lines were counted too
         in_order = tuple(shards[number] for number in sorted(shards))
         self._write_rejects(in_order)
         self._refuse_bad(rejects, total)

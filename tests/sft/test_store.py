@@ -163,7 +163,7 @@ def test_a_source_without_a_usable_row_is_refused(write, build, tmp_path: Path) 
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match=r"empty\.jsonl': holds no rows"):
         build(str(tmp_path / "empty.jsonl"))
-    with pytest.raises(UserError, match=r"2 of 2 rows can't be used: 2 × no assistant turn. The first"):
+    with pytest.raises(UserError, match=r"2 of 2 rows can't be used: 2 × no assistant turn\. The first"):
         build(write(*[{"messages": []}] * 2), max_bad_fraction=1)
 
 
@@ -347,9 +347,10 @@ CHUNKS = [(n, [(i, row) for i, row in enumerate(TALKS)]) for n in range(6)]
 
 
 def test_processes_make_the_same_shards_as_one(tokenizer) -> None:
+    before = set(children(os.getpid()))  # other tests' servers
     made = dict(sft.store._in_processes(iter(CHUNKS), tokenizer, SETTINGS, 2))
     assert made == dict(encode_chunk(tokenizer, chunk, SETTINGS) for chunk in CHUNKS)
-    assert children(os.getpid()) == []
+    assert set(children(os.getpid())) <= before
 
 
 def test_a_process_that_fails_or_is_killed_ends_the_run(tokenizer) -> None:
