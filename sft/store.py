@@ -55,7 +55,7 @@ from sft.sources import Source
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when sft/sources.py or sft/shards.py makes other samples of the same rows: stores are made anew."""
 ROWS, CHARACTERS = 8192, 1 << 25
 """A shard is closed at so many rows or characters: what a kill loses, and what a process holds in memory."""

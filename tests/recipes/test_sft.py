@@ -54,12 +54,11 @@ def arguments(model, rows, tmp_path) -> list[str]:
     return [f"--{name}={value}" for name, value in (settings | dict(run_dir=tmp_path / "run")).items()]
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "recipes.sft", *map(str, arguments)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
@@ -146,7 +145,7 @@ def test_shown_model_text_can_not_take_over_the_terminal():
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_tiny_run_learns_in_minutes_what_grpo_starts_from(seed, tmp_path):
-    ended = command("--seed", seed, "--run_dir", tmp_path / "run")
+    ended = command("--seed", seed, "--run_dir", tmp_path / "run", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert ended.returncode == 0, ended.stderr
     evaluations = [m for m in read_metrics(tmp_path / "run/metrics.jsonl") if "eval/loss" in m]
     assert evaluations[0]["eval/accuracy"] < 0.05 and evaluations[0]["eval/loss"] > 5

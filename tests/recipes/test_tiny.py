@@ -1,6 +1,5 @@
 """The tiny model's tokenizer, its demonstrations, and a cache that is never stale."""
 
-import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from runtime.models import load_causal_lm, load_tokenizer
 from runtime.stories import stories
 from sft.chat import CHAT_TEMPLATE, EOS, encode_conversation
 from sft.sources import DIRECT_SHARE, Source, conversation
+from sft.train import Result
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,12 @@ def folders(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.name != "tokens")
 
 
-def test_the_checkpoint_is_made_once_and_then_found(short, capfd):
+def test_the_checkpoint_is_what_was_trained_made_once_and_then_found(short, tmp_path, capfd):
+    trained = tiny.warm_up(seed=0, run_dir=tmp_path / "run").run_dir / "checkpoints/final"
+    capfd.readouterr()
     folder = tiny.tiny_checkpoint()
     assert folder.parent == short and "2 steps" in capfd.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
     random = tiny.random_checkpoint()
     assert folders(short) == sorted([folder.name, random.name])  # nothing left aside
     assert isinstance(load_causal_lm(folder), deepseek_v3.DeepseekV3ForCausalLM)
@@ -114,13 +117,6 @@ def test_the_checkpoint_is_made_once_and_then_found(short, capfd):
     assert (tiny.tiny_checkpoint(), tiny.random_checkpoint()) == (folder, random)
     assert [(path / "model.safetensors").stat().st_mtime_ns for path in (folder, random)] == written
     assert "2 steps" not in capfd.readouterr().err
-
-
-def test_what_is_cached_is_what_was_trained(short, tmp_path):
-    result = tiny.warm_up(seed=0, run_dir=tmp_path / "run")
-    trained = load_file(result.run_dir / "checkpoints/final/model.safetensors")
-    cached = load_file(tiny.tiny_checkpoint(seed=0) / "model.safetensors")
-    assert trained.keys() == cached.keys() and all(torch.equal(t, cached[name]) for name, t in trained.items())
 
 
 def test_two_processes_making_it_at_once_leave_one_whole_folder(short, monkeypatch):
@@ -141,11 +137,15 @@ def test_two_processes_making_it_at_once_leave_one_whole_folder(short, monkeypat
 
 
 def test_told_to_leave_while_it_is_made_it_ends_the_process_and_leaves_nothing(short, monkeypatch):
-    warm_up = tiny.warm_up
-    monkeypatch.setattr(tiny, "warm_up", lambda **options: dataclasses.replace(warm_up(**options), exit_code=143))
+
+    def told_to_leave(*, seed: int, run_dir: Path) -> Result:
+        run_dir.mkdir(parents=True)
+        return Result(run_dir=run_dir, steps=1, before=None, after=None, exit_code=143)
+
+    monkeypatch.setattr(tiny, "warm_up", told_to_leave)
     with pytest.raises(SystemExit) as left:
         tiny.tiny_checkpoint()
-    assert left.value.code == 143 and folders(short) == [tiny.random_checkpoint().name]
+    assert left.value.code == 143 and folders(short) == []
 
 
 def test_the_first_weights_are_the_seeds(short):
