@@ -31,8 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("DATA", ROOT.parent / "shared/data")) / "math_cases.jsonl"
 PEER = "math-verify[antlr4_13_2]==0.9.0"
 REASONING = "First let us see what is given. If $a+b=12$ and $a-b=4$ then $a=8$, so the other is $4$; that checks. "
-BARE = ("\\boxed", "\\fbox", "<think>", "<answer>", "</think>", "$", "\\(", "\\[", "**")
-"""A response without any of these is a bare answer and gets a box."""
+WHOLE = ("\\boxed", "\\fbox", "<think>", "<answer>", "</think>")
+"""A response with one of these is a completion; another is a bare answer, and gets a box."""
+DELIMITED = ("$", "\\(", "\\[", "**")
+"""A bare answer with one of these stays as it is, alone: what it tests is its delimiters."""
 
 WARM_UP = [
     (r"3\sin^2 t", r"3-3\cos^2 t"),
@@ -118,8 +120,10 @@ def labelled(chars: int) -> list[tuple[str, str, str, bool]]:
 def _completion(reasoning: str, response: str) -> str:
     if "think>" in response or not response.strip():
         return response
-    bare = not any(mark in response for mark in BARE)
-    return f"{reasoning}\n\n" + (rf"The answer is $\boxed{{{response}}}$." if bare else response)
+    whole = any(mark in response for mark in WHOLE)
+    if not whole and any(mark in response for mark in DELIMITED):
+        return response
+    return f"{reasoning}\n\n" + (response if whole else rf"The answer is $\boxed{{{response}}}$.")
 
 
 def accuracy(wants: list[str], outcomes: list[str]) -> list[str]:

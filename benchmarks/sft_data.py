@@ -12,6 +12,7 @@ exit code is 1.
 """
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -45,9 +46,12 @@ def main() -> int:
     print(f"{setting(args.threads, 'trl', 'transformers', 'tokenizers', 'datasets', 'pyarrow')}  ", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_tokenizer(args.vocab).save_pretrained(folder / "tokenizer")
+        tokenizer = make_tokenizer(args.vocab)
+        tokenizer.save_pretrained(folder / "tokenizer")
         with (folder / "rows.jsonl").open("w") as file:
-            file.writelines(json.dumps({"messages": messages}) + "\n" for messages in conversations(args.rows))
+            fitting = (messages for messages in conversations() if fits(tokenizer, messages))
+            for messages in itertools.islice(fitting, args.rows):
+                file.write(json.dumps({"messages": messages}) + "\n")
         contestants: list[Contestant] = []
         try:
             for system, serve in (("ours", serve_ours), ("TRL", serve_trl)):
@@ -214,7 +218,7 @@ def library() -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
-def conversations(count: int) -> Iterator[list[dict[str, str]]]:
+def conversations() -> Iterator[list[dict[str, str]]]:
     """Questions of about 60 tokens, answers whose lengths are log-normal; at most three quarters of a row."""
     text, draw = library(), random.Random(0)
 
@@ -223,10 +227,15 @@ def conversations(count: int) -> Iterator[list[dict[str, str]]]:
         start = draw.randrange(len(text) - length)
         return text[start : start + length].strip() or "pass"
 
-    for _ in range(count):
+    while True:
         reasoning, answer = cut(draw.lognormvariate(np.log(MEDIAN), SIGMA)), cut(draw.uniform(10, 60))
         said = f"<think>{reasoning}</think>{answer}"
         yield [{"role": "user", "content": cut(draw.uniform(20, 100))}, {"role": "assistant", "content": said}]
+
+
+def fits(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+    """Whether a row holds them: TRL would cut what is longer, ours sets it aside."""
+    return sum(len(tokenizer.encode(message["content"])) for message in messages) < ROW_LENGTH - 10
 
 
 def make_tokenizer(vocab_size: int) -> Any:

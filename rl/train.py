@@ -40,7 +40,7 @@ from runtime.metrics import MetricsLog
 from runtime.progress import StepTracker, track_steps
 from runtime.report import write_report
 from runtime.rows import load_rows
-from runtime.run_folder import RunFolder, check_space, open_run
+from runtime.run_folder import RunFolder, check_space, open_run_together
 from runtime.watchdog import Watchdog
 from sampling.attest import SyncReport
 
@@ -97,7 +97,11 @@ def train(
             f"optim.minibatches={config.optim.minibatches}; every process needs as many groups in every minibatch"
         )
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_open_run(config, world))
+        settings = dataclasses.asdict(config)
+        opening = open_run_together(
+            world, "grpo", config.run_dir, config=settings, resume=config.resume, may_change=MAY_CHANGE_ON_RESUME
+        )
+        folder = stack.enter_context(opening)
         paid: Mapping[Any, float] = config.rewards if rewards is None else rewards
         scorer = stack.enter_context(_scorer(paid, config))
         examiner = stack.enter_context(Scorer({"accuracy": 1.0, "format": 0.0}))
@@ -439,24 +443,6 @@ def _scorer(rewards: Mapping[Any, float], config: GRPOConfig) -> Scorer:
             raise UserError(f"rewards: {error}") from error
         stack.pop_all()
     return scorer
-
-
-def _open_run(config: GRPOConfig, world: World) -> RunFolder | contextlib.AbstractContextManager[Any]:
-    """The main process holds the run folder's lock; the others use the folder it made."""
-    name = time.strftime("grpo-%Y%m%d-%H%M%S")
-    run_dir = Path(config.run_dir or Path("runs") / world.gather([name])[0])
-    if world.is_main:
-        folder: Any = open_run(
-            run_dir,
-            config=dataclasses.asdict(config),
-            resume=config.resume,
-            may_change=MAY_CHANGE_ON_RESUME,
-        )
-        resumed = folder.resumed
-    else:
-        resumed = None
-    resumed = world.gather([resumed])[0]
-    return folder if world.is_main else contextlib.nullcontext(RunFolder(run_dir, None, resumed=resumed))
 
 
 def _model_path(

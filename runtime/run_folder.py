@@ -1,9 +1,10 @@
 """A configuration to a run folder that one process at a time owns: what ran, where, and with which settings.
 
 Writes `config.yaml` and `environment.json`; names the places of the rest. Leaves their contents to
-runtime/metrics.py, runtime/checkpoint.py and the training loops. One process of a run (rank 0) opens it.
+runtime/metrics.py, runtime/checkpoint.py and the training loops. Of several processes, rank 0 owns it.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -13,17 +14,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
 from runtime.errors import UserError
 from runtime.files import make_folder, write_durably
+
+if TYPE_CHECKING:
+    from runtime.distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +139,27 @@ def open_run(
         os.close(lock)
         raise
     return run
+
+
+@contextlib.contextmanager
+def open_run_together(
+    world: "World",
+    kind: str,
+    run_dir: str | Path | None,
+    *,
+    config: Mapping[str, Any],
+    resume: bool,
+    may_change: Collection[str] = (),
+) -> Iterator[RunFolder]:
+    """`open_run` by the main process of several; the others use the folder it made. None: runs/<kind>-<date>-<time>."""
+    name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    path = Path(run_dir or Path("runs") / world.gather([name])[0])
+    with contextlib.ExitStack() as stack:
+        mine = []
+        if world.is_main:
+            mine = [stack.enter_context(open_run(path, config=config, resume=resume, may_change=may_change))]
+        resumed = world.gather([run.resumed for run in mine])[0]
+        yield mine[0] if mine else RunFolder(path, None, resumed=resumed)
 
 
 def check_space(run_dir: str | Path, bytes_needed: int) -> None:

@@ -28,7 +28,7 @@ from runtime.metrics import MetricsLog
 from runtime.models import end_token_ids, load_causal_lm, load_tokenizer
 from runtime.progress import StepTracker, track_steps
 from runtime.report import write_report
-from runtime.run_folder import RunFolder, check_space, open_run
+from runtime.run_folder import RunFolder, check_space, open_run_together
 from runtime.watchdog import Watchdog
 from runtime.weights import save_pretrained
 from sft.balance import Balance
@@ -75,7 +75,11 @@ def train(config: SFTConfig, *, named_models: Mapping[str, Callable[[], Path]] |
     """
     world = World(precision=config.precision)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_open_run(config, world))
+        settings = dataclasses.asdict(config)
+        opening = open_run_together(
+            world, "sft", config.run_dir, config=settings, resume=config.resume, may_change=MAY_CHANGE_ON_RESUME
+        )
+        folder = stack.enter_context(opening)
         found = [latest_checkpoint(folder.checkpoints_dir) if folder.resumed else None] if world.is_main else []
         checkpoint = world.gather(found)[0]
         model = _model_path(config, world, checkpoint, named_models or {})
@@ -357,18 +361,6 @@ class Run:
         title = f"SFT {self.folder.path.name}"
         with track_steps(self.steps, title, start=self.done, console=console) as tracker:
             yield tracker
-
-
-def _open_run(config: SFTConfig, world: World) -> RunFolder | contextlib.AbstractContextManager[Any]:
-    """The main process holds the run folder's lock; the others use the folder it made."""
-    name = time.strftime("sft-%Y%m%d-%H%M%S")
-    run_dir = Path(config.run_dir or Path("runs") / world.gather([name])[0])
-    folder: Any = None
-    if world.is_main:
-        settings = dataclasses.asdict(config)
-        folder = open_run(run_dir, config=settings, resume=config.resume, may_change=MAY_CHANGE_ON_RESUME)
-    resumed = world.gather([folder.resumed if folder else None])[0]
-    return folder if world.is_main else contextlib.nullcontext(RunFolder(run_dir, None, resumed=resumed))
 
 
 def _model_path(
