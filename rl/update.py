@@ -42,7 +42,7 @@ class Optimizer:
             lr=self.config.lr,
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
-            foreach=True,
+            fused=True,
         )
         self.updates = 0
         self.skipped = 0

@@ -39,7 +39,7 @@ class Optimizer:
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, foreach=True)
+            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
         ]
         if matrices:
             self.optimizers.append(

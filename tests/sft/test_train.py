@@ -193,7 +193,9 @@ def test_losses_and_weights_are_those_of_trls_trainer(go, llama, tmp_path):
     assert losses(ours) == pytest.approx([m["loss"] for m in theirs], rel=1e-4)  # it logs rounded numbers
     assert [m["grad_norm"] for m in lines(ours)] == pytest.approx([float(m["grad_norm"]) for m in theirs], rel=1e-3)
     weight = trainer.model.model.embed_tokens.weight.detach()
-    torch.testing.assert_close(weights(ours)["model.embed_tokens.weight"], weight, rtol=0, atol=1e-5)
+    differs = (weights(ours)["model.embed_tokens.weight"] - weight).abs()
+    # AdamW makes whole steps of gradients that are nothing but rounding.
+    assert differs.median() < 1e-6 and differs.max() < 0.01 * rate["lr"]
 
 
 # Balancing.
