@@ -3,10 +3,12 @@
 The config class, the parameter names and the checkpoint names are transformers' own, so transformers, vLLM and peft
 load what this saves and this loads what they save. Inside, everything is packed: rows become one stream of T tokens
 with `cu_seqlens`, padding is taken out before the first layer, and only what is asked for reaches the head.
-Left out: multi-token prediction (released checkpoints' extra layer is ignored on load), FP8, parallelism.
+The layer that predicts a second token (mtp.py), where the config has one, stands behind the others and runs only when
+asked for. Left out: FP8, parallelism.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,11 +19,12 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from deepseek_v3.attention import MLA, RMSNorm
-from deepseek_v3.moe import MLP, Experts, MoE, Router
+from deepseek_v3.attention import RMSNorm
+from deepseek_v3.block import Block
+from deepseek_v3.moe import Experts, Router
+from deepseek_v3.mtp import MTPBlock, next_embeddings, prediction_depth
 from deepseek_v3.packing import Layout
 from deepseek_v3.rope import cos_sin, cos_sin_scale, inverse_frequencies
 
@@ -30,43 +33,20 @@ from deepseek_v3.rope import cos_sin, cos_sin_scale, inverse_frequencies
 register_checkpoint_conversion_mapping("deepseek_v3", get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True)
 
 
-class Block(GradientCheckpointingLayer):
-    """x += MLA(norm(x)); x += FFN(norm(x)); the first layers' FFN is dense, the others' a mixture of experts."""
-
-    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
-        super().__init__()
-        dense = layer_idx < config.first_k_dense_replace
-        self.self_attn = MLA(config, layer_idx)
-        self.mlp: nn.Module = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        h = self.post_attention_layernorm(x)
-        return x + self.mlp(h.flatten(0, -2)).view_as(x)
-
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        attended, _ = self.self_attn(self.input_layernorm(x_TD), cos, sin, layout)
-        return self.feed_forward(x_TD + attended)
-
-    def cached(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, cache: Cache, mask_BLS: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.self_attn.cached(self.input_layernorm(x_BLD), cos, sin, cache, mask_BLS)
-        return self.feed_forward(x_BLD)
-
-
 class DeepseekV3PreTrainedModel(PreTrainedModel):
     config: DeepseekV3Config
     config_class = DeepseekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Block", "MTPBlock")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
-    # The multi-token-prediction layer of released checkpoints sits after the last main layer.
-    _keys_to_ignore_on_load_unexpected = (r"model\.layers\.61\..*",)
 
     def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any) -> None:
+        # The MTP layer of a checkpoint may be left behind; its copies of embedding and head always are.
+        ignored = r"(embed_tokens|shared_head\.head)\." if prediction_depth(config) else ""
+        self._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{config.num_hidden_layers}\.{ignored}"}
         # vLLM takes V3's router only when config.json names it, and transformers doesn't write the names.
         config.topk_method, config.scoring_func = "noaux_tc", "sigmoid"
         super().__init__(config, *args, **kwargs)
@@ -88,6 +68,13 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
 
 
+@dataclass
+class Output(BaseModelOutputWithPast):
+    """Hidden states (B, L, D), and those of the MTP layer."""
+
+    mtp_hidden_state: torch.FloatTensor | None = None
+
+
 class DeepseekV3Model(DeepseekV3PreTrainedModel):
     """Embedding, blocks and final norm. Returns hidden states in the shape of the input."""
 
@@ -95,14 +82,21 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        if prediction_depth(config):
+            self.layers.append(MTPBlock(config, config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers, as what they are: a ModuleList only knows modules."""
-        return cast(list[Block], list(self.layers))
+        """The main layers."""
+        return cast(list[Block], list(self.layers)[: self.config.num_hidden_layers])
+
+    @property
+    def mtp(self) -> MTPBlock | None:
+        """The layer that predicts a second token, if there is one."""
+        return cast(MTPBlock, self.layers[-1]) if prediction_depth(self.config) else None
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies = inverse_frequencies(self.config).to(positions.device)
@@ -119,14 +113,16 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         cu_seqlens: Sequence[int] | None = None,
         layout: Layout | None = None,
         output_hidden_states: bool = False,
+        output_mtp: bool = False,
         **_: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> Output:
         """Ids (B, L) -> hidden states (B, L, D).
 
         cu_seqlens: boundaries [0, ..., B·L] of samples packed along the flattened rows; positions restart at each
             unless `position_ids` says otherwise. Excludes `attention_mask` and a cache.
         layout: instead of cu_seqlens, when some of the packed segments continue others.
         attention_mask: (B, L), or (B, S + L) with a cache of S; 0 marks padding. Padded positions return zeros.
+        output_mtp: also return the states that predict the token after the next; of no use at a sample's last token.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -145,9 +141,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 raise ValueError("cu_seqlens packs samples for training; it can't be combined with a cache")
             past_key_values = past_key_values if past_key_values is not None else DynamicCache()
             hidden = self._cached(x_BLD, attention_mask, position_ids, past_key_values)
-            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
-        hidden, states = self._packed(x_BLD, attention_mask, position_ids, layout, output_hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
+            return Output(last_hidden_state=hidden, past_key_values=past_key_values)
+        return self._packed(x_BLD, attention_mask, position_ids, layout, output_hidden_states, output_mtp)
 
     def _packed(
         self,
@@ -156,7 +151,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         position_ids: Tensor | None,
         layout: Layout | None,
         keep_states: bool,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        with_mtp: bool,
+    ) -> Output:
         B, L, D = x_BLD.shape
         x_TD = x_BLD.reshape(B * L, D)
         kept: Tensor | None = None
@@ -181,13 +177,22 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
                 x = x.new_zeros(B * L, D).index_copy(0, kept, x)
             return x.view(B, L, D)
 
-        states = []
+        embedded_TD, states = x_TD, []
         for block in self.blocks:
             if keep_states:
                 states.append(in_rows(x_TD))
             x_TD = block(x_TD, cos, sin, layout)
         hidden = in_rows(self.norm(x_TD))
-        return hidden, (*states, hidden) if keep_states else None
+        further = None
+        if with_mtp:
+            if self.mtp is None:
+                raise ValueError("output_mtp: num_nextn_predict_layers=0, this model has no MTP layer")
+            further = in_rows(self.mtp(x_TD, next_embeddings(embedded_TD, layout), cos, sin, layout))
+        return Output(
+            last_hidden_state=hidden,
+            hidden_states=(*states, hidden) if keep_states else None,
+            mtp_hidden_state=further,
+        )
 
     def _cached(
         self, x_BLD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.moe import Router
+from deepseek_v3.mtp import MTPBlock
 
 
 def has_routers(model: nn.Module) -> bool:
@@ -137,7 +138,9 @@ class _Replay:
 
 
 def _routers(model: nn.Module) -> list[Router]:
-    return [module for module in model.modules() if isinstance(module, Router)]
+    """Those of the main layers: what the MTP layer predicts is sampled by nobody."""
+    others = {part for module in model.modules() if isinstance(module, MTPBlock) for part in module.modules()}
+    return [module for module in model.modules() if isinstance(module, Router) and module not in others]
 
 
 @contextmanager

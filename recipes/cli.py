@@ -44,8 +44,9 @@ def main(
     """
     config = parse(config_class, argv, prog=prog, description=description)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for package in PACKAGES:
-        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).setLevel(level)
     try:
         return run(config) or 0
     except UserError as error:
@@ -65,7 +66,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, prog: str
     Like argparse, ends the process: with 0 after --help and --print_config, with 2 and one line on a mistake.
     """
     try:
-        return _parse(config_class, sys.argv[1:] if argv is None else argv, prog, description)
+        return read(config_class, sys.argv[1:] if argv is None else argv, prog=prog, description=description)
     except UserError as error:
         print(f"{prog}: error: {error}\n(--help explains every setting)", file=sys.stderr)
         raise SystemExit(2) from error
@@ -95,7 +96,8 @@ class _Given:
     where: str  # a file, or "flag --name"
 
 
-def _parse(config_class: type[T], argv: Sequence[str], prog: str, description: str) -> T:
+def read(config_class: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
+    """The same, but a mistake is a UserError."""
     known = _settings(config_class)
     switches, files, flags = _split(argv, known)
     given = [g for file in files for g in _flatten(_read_yaml(file), "", known, file)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
@@ -24,7 +25,8 @@ from runtime.progress import terminal_plot, visible
 def run(config: GRPOConfig) -> int:
     """Train and show what came of it; returns the exit code."""
     result = train(config, named_models={"tiny": lambda: tiny_model(Console(stderr=True))})
-    show(result, Console())
+    if PartialState().is_main_process:
+        show(result, Console())
     return result.exit_code
 
 

@@ -14,7 +14,7 @@ from rl.types import Batch
 from runtime.adapters import add_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
-from runtime.models import load_causal_lm, load_tokenizer
+from runtime.models import load_causal_lm, load_tokenizer, mtp_layer
 from runtime.packed import logprobs_at, plain_model, score_sequences
 from runtime.weights import save_pretrained
 
@@ -37,6 +37,8 @@ class Policy:
                 f"{base.config.vocab_size}: this is another model's tokenizer, or the embeddings were not resized"
             )
         self.model: nn.Module = base if config.lora is None else add_adapters(base, config.lora, config.seed)
+        if (mtp := mtp_layer(self.model)) is not None:
+            mtp.requires_grad_(False)
         self.model.eval()  # no dropout: π_old and π_θ must be the same function
         self.reference: nn.Module | None = None
         if config.loss.beta > 0 and config.lora is None:

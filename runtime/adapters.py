@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.errors import UserError
+from runtime.models import mtp_layer
 from runtime.settings import LoraConfig
 
 ATTENTION_PROJECTIONS = (
@@ -14,7 +15,10 @@ ATTENTION_PROJECTIONS = (
 
 
 def add_adapters(base: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Module:
-    """LoRA on the named modules; the base is frozen. Adapters start as zero, so π is unchanged."""
+    """LoRA on the named modules; the base is frozen. Adapters start as zero, so π is unchanged.
+
+    None in an MTP layer: π doesn't go through it.
+    """
     import peft
 
     base.requires_grad_(False)
@@ -27,6 +31,8 @@ def add_adapters(base: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Modul
                 "lora.target_modules='attention': the model has none of "
                 f"{', '.join(ATTENTION_PROJECTIONS)}; name its modules instead"
             )
+    excluded = None if mtp_layer(base) is None else rf"model\.layers\.{base.config.num_hidden_layers}\..*"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(base, peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+        config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, exclude_modules=excluded)
+        return peft.get_peft_model(base, config)

@@ -4,12 +4,16 @@ Gradients are summed, not averaged: losses divide by counts over all processes, 
 large batch whatever the number of processes.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+
+LONGEST_WAIT = timedelta(hours=6)
+"""For the main process, which tokenises or samples alone; torch's own is minutes. Hangs are the watchdog's to tell."""
 
 
 class World:
@@ -18,7 +22,9 @@ class World:
     def __init__(self, *, precision: str = "fp32") -> None:
         """precision "bf16": `autocast()` computes in bfloat16; weights stay as they are."""
         # Without cpu=True accelerate overlooks torchrun on a CPU, and every process believes it is the only one.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        )
         self.precision = precision
         self.rank = self.accelerator.process_index
         self.size = self.accelerator.num_processes

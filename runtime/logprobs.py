@@ -164,9 +164,10 @@ class SummedLogprobs(torch.autograd.Function):
         if grad.stride() != (0,) and bool((grad != grad[:1]).any()):
             raise ValueError("summed_logprobs: the loss weighs log-probs differently; use token_logprobs")
         d_hidden, d_weight = ctx.saved_tensors
+        weight_1 = grad[:1].sum(0, keepdim=True)  # of no log-probs at all, 0
         for gradient in (d_hidden, d_weight):
             if gradient is not None:
-                gradient *= grad[:1]  # in place: as large as the head; torch refuses a second backward pass
+                gradient *= weight_1  # in place: as large as the head; torch refuses a second backward pass
         return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None, None
 
 

@@ -6,10 +6,12 @@ DeepSeek-V3 checkpoints load into our own definition, any other architecture int
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,9 +22,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-import runtime.packed  # noqa: F401  (registers the "packed" attention)
 from deepseek_v3 import DeepseekV3ForCausalLM
 from runtime.errors import UserError
+from runtime.packed import plain_model  # which also registers the "packed" attention
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,16 @@ def load_causal_lm(path: str | Path, *, dtype: torch.dtype = torch.float32, **kw
     """Load weights and definition. Raises `UserError` naming the path when there is no checkpoint."""
     config = _from_path(AutoConfig.from_pretrained, path)
     if config.model_type == "deepseek_v3":
-        return _from_path(DeepseekV3ForCausalLM.from_pretrained, path, dtype=dtype, **kwargs)
+        load = DeepseekV3ForCausalLM.from_pretrained
+        model, info = _from_path(load, path, dtype=dtype, output_loading_info=True, **kwargs)
+        _leave_out_empty_mtp(model, info["missing_keys"])
+        return model
     return _from_path(AutoModelForCausalLM.from_pretrained, path, dtype=dtype, attn_implementation="packed", **kwargs)
+
+
+def mtp_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that predicts the token after the next, of a DeepSeek-V3 that has one."""
+    return getattr(plain_model(model).base_model, "mtp", None)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -54,6 +64,17 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of what decides which tokens a prompt becomes and which one ends a completion."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _leave_out_empty_mtp(model: DeepseekV3ForCausalLM, missing: Collection[str]) -> None:
+    """transformers writes num_nextn_predict_layers=1 and none of the layer: without this it would be random weights."""
+    if (mtp := model.model.mtp) is None:
+        return
+    last = model.config.num_hidden_layers
+    if {f"model.layers.{last}.{name}" for name, _ in mtp.named_parameters()} <= set(missing):
+        log.warning("config.json names an MTP layer that the checkpoint doesn't hold: left out")
+        del model.model.layers[last]
+        model.config.num_nextn_predict_layers = 0
 
 
 def _from_path(load: Any, path: str | Path, **kwargs: Any) -> Any:

@@ -86,12 +86,17 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
 
 def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
     """Final hidden states (T, D) of packed samples, for our V3 or any transformers causal LM loaded as "packed"."""
+    return _outputs(model, packed).last_hidden_state[0]
+
+
+def _outputs(model: nn.Module, packed: Packed, **options: Any) -> Any:
     causal_lm: Any = plain_model(model)
     inputs: dict[str, Any] = dict(
         input_ids=packed.ids_T[None],
         position_ids=packed.positions_T[None],
         layout=packed.layout,
         use_cache=False,
+        **options,
     )
     if not _is_ours(causal_lm):
         if causal_lm.config._attn_implementation != "packed":
@@ -100,7 +105,7 @@ def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
                 'load the model with attn_implementation="packed"'
             )
         inputs["attention_mask"] = _NO_MASK.to(packed.ids_T.device)
-    return causal_lm.base_model(**inputs).last_hidden_state[0]
+    return causal_lm.base_model(**inputs)
 
 
 def logprobs_at(
@@ -112,11 +117,30 @@ def logprobs_at(
     return token_logprobs(head, hidden_CD, targets_C, temperature=temperature, vocab_size=head.weight.shape[0])
 
 
-def logprobs_to_sum(model: nn.Module, packed: Packed, states_C: Tensor, targets_C: Tensor) -> Tensor:
-    """The log-probs of `logprobs_at`, (C,) fp32, for less, where the loss adds them up all with one weight."""
+class Targets(NamedTuple):
+    """What a packed row is to predict."""
+
+    states_C: Tensor
+    """Which token of the row predicts each target."""
+    ids_C: Tensor
+    """Token ids."""
+
+
+def logprobs_to_sum(
+    model: nn.Module, packed: Packed, targets: Targets, further: Targets | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The log-probs of `logprobs_at`, (C,) fp32, for less, where the loss adds them up all with one weight.
+
+    further: targets two tokens on, for our V3 with an MTP layer; their log-probs come second.
+    """
     head: Any = plain_model(model).get_output_embeddings()
-    hidden_CD = packed_hidden(model, packed)[states_C]
-    return summed_logprobs(head, hidden_CD, targets_C, vocab_size=head.weight.shape[0])
+    outputs = _outputs(model, packed, **({} if further is None else {"output_mtp": True}))
+
+    def logprobs(hidden_BTD: Tensor, targets: Targets) -> Tensor:
+        return summed_logprobs(head, hidden_BTD[0][targets.states_C], targets.ids_C, vocab_size=head.weight.shape[0])
+
+    first = logprobs(outputs.last_hidden_state, targets)
+    return first, None if further is None else logprobs(outputs.mtp_hidden_state, further)
 
 
 def packed_logprobs(

@@ -68,16 +68,18 @@ class Phase:
 
 
 @contextmanager
-def track_steps(total: int, title: str, *, start: int = 0, console: Console | None = None) -> "Iterator[StepTracker]":
-    """Show the progress of a run of `total` steps, `start` of which are already done (a resumed run).
+def track_steps(
+    total: int, title: str, *, start: int = 0, unit: str = "step", console: Console | None = None
+) -> "Iterator[StepTracker]":
+    """Show the progress of a run of `total` steps, or of what `unit` names, `start` of them done (a resumed run).
 
     Yields a StepTracker: `.update(step, metrics)` after each step, `.phase(name)` around its parts,
     `.log(line)`.
     """
     console = console or Console()
-    tracker = StepTracker(total, title, start=start, console=console)
+    tracker = StepTracker(total, title, start=start, unit=unit, console=console)
     if not tracker.live_view:
-        tracker.log(f"{title}: {total} steps" + (f", from step {start + 1}" if start else ""))
+        tracker.log(f"{title}: {total} {unit}s" + (f", from {unit} {start + 1}" if start else ""))
         yield tracker
         return
     with Live(get_renderable=tracker.render, console=console, refresh_per_second=4):
@@ -87,8 +89,8 @@ def track_steps(total: int, title: str, *, start: int = 0, console: Console | No
 class StepTracker:
     """What `track_steps` yields."""
 
-    def __init__(self, total: int, title: str, *, start: int = 0, console: Console) -> None:
-        self.total, self.title, self.console = total, visible(title, keep=""), console
+    def __init__(self, total: int, title: str, *, start: int = 0, unit: str = "step", console: Console) -> None:
+        self.total, self.title, self.unit, self.console = total, visible(title, keep=""), unit, console
         self.start = self.step = start
         # A forced colour setting makes rich call a pipe a terminal: ask the file itself.
         isatty = getattr(console.file, "isatty", lambda: False)()
@@ -115,7 +117,7 @@ class StepTracker:
         if not self.live_view:
             shown = "  ".join(f"{label} {value}" for label, value in _shown(numbers))
             eta = f"  eta {_clock(self._remaining(now))}" if step < self.total else ""
-            self._plain(f"step {step}/{self.total}  {shown}  {now - self._last:.1f}s{eta}")
+            self._plain(f"{self.unit} {step}/{self.total}  {shown}  {now - self._last:.1f}s{eta}")
         self._last = now
 
     @contextmanager

@@ -28,8 +28,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this."""
     muon: bool = False
-    """Matrices between embedding and head by Muon instead: far faster on the tiny model from random weights. One
-    process only."""
+    """Matrices between embedding and head by Muon instead: far faster on the tiny model from random weights. Not with
+    sharded weights: set shard to false."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr}: the learning rate must be positive")
@@ -113,6 +113,9 @@ class SFTConfig:
     rises. Pre-training: 1e-3. 0: off, as is usual after pre-training."""
     balance_loss: float = 0.0
     """α of the sequence-wise balance loss. Pre-training: 1e-4."""
+    mtp_loss: float = 0.0
+    """λ, the weight of the loss of a V3's MTP layer, which predicts the token after the next. Pre-training: 0.3, then
+    0.1. 0: the layer stays as it is."""
     lora: LoraConfig | None = None
     """Set to train adapters only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -132,6 +135,10 @@ class SFTConfig:
         require(self.row_length >= 2, f"row_length={self.row_length}: a row must hold a prompt token and a target")
         require(self.bias_update_speed >= 0, f"bias_update_speed={self.bias_update_speed}: use 0 for off")
         require(self.balance_loss >= 0, f"balance_loss={self.balance_loss}: use 0 for off")
+        require(self.mtp_loss >= 0, f"mtp_loss={self.mtp_loss}: use 0 for off")
+        require(
+            not (self.lora and self.mtp_loss), f"mtp_loss={self.mtp_loss}: no adapters in the MTP layer; set it to 0"
+        )
         require(not (self.lora and self.optim.muon), "optim.muon: adapters are trained by AdamW; set it to false")
         require(
             not (self.balance_loss and self.gradient_checkpointing),

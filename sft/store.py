@@ -61,10 +61,11 @@ ROWS, CHARACTERS = 8192, 1 << 25
 """A shard is closed at so many rows or characters: what a kill loses, and what a process holds in memory."""
 MOST_WORKERS = 16
 """Where their number isn't given: memory for each one's chunk is needed here, and the builder writes what all make."""
-IN_PLACE_SECONDS = 2.0
-"""Small sources are tokenised before other processes would have started."""
+IN_PLACE_SECONDS = 10.0
+"""So long the tokenizer's own threads do it. More processes would take seconds to start, and pay off behind that."""
 PLAIN_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
+THREADS = "TOKENIZERS_PARALLELISM"
 MOST_OPEN = 256
 """Files that a store keeps open at once."""
 
@@ -148,14 +149,12 @@ class Store:
 
     def _masks(self, at: npt.NDArray[np.int64], begins: npt.NDArray[np.int64], total: int) -> Mask:
         """The masks of samples that begin at these places of a row of `total` tokens."""
-        trained = np.zeros(total, np.bool_)
         lasts = self._trained_ends[at]
         counts = lasts - np.where(at > 0, self._trained_ends[at - 1], 0)
         places = np.arange(counts.sum()) + np.repeat(lasts - np.cumsum(counts), counts)
-        edges = (self._trained[places] + np.repeat(begins, counts)).tolist()
-        for begin, end in zip(edges[::2], edges[1::2], strict=True):
-            trained[begin:end] = True
-        return trained
+        edges = self._trained[places] + np.repeat(begins, counts)
+        inside = np.arange(len(edges) + 1) % 2 == 1
+        return np.repeat(inside, np.diff(edges, prepend=0, append=total))
 
     def where(self, index: int) -> tuple[str, int]:
         """The source a sample comes from, and its 1-based line there."""
@@ -264,7 +263,7 @@ class _Builder:
         samples = tokens = new = 0
         title = f"tokenising {self.source.name}"
         with (
-            track_steps(total, title, console=self.console) as tracker,
+            track_steps(total, title, unit="row", console=self.console) as tracker,
             contextlib.closing(self._shards(dict(shards))) as made,
         ):
             began = shown = time.monotonic()
@@ -297,7 +296,9 @@ class _Builder:
         missing = (chunk for chunk in _chunks(self.source) if chunk[0] not in there)
         began = time.monotonic()
         for chunk in missing:
-            yield encode_chunk(self.tokenizer, chunk, self.settings)
+            with _threads(self.workers > 1):
+                made = encode_chunk(self.tokenizer, chunk, self.settings)
+            yield made
             if self.workers > 1 and time.monotonic() - began > IN_PLACE_SECONDS:
                 break
         else:
@@ -338,6 +339,20 @@ class _Builder:
                 logger.info("%s: another process tokenises it; waiting", visible(self.source.name))
                 fcntl.flock(file, how)
             yield
+
+
+@contextlib.contextmanager
+def _threads(wanted: bool) -> Iterator[None]:
+    """Whether the tokenizer uses threads of its own, which it reads from the environment at every call."""
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = str(wanted).lower()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[THREADS]
+        else:
+            os.environ[THREADS] = before
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[Chunk]:
@@ -404,7 +419,7 @@ def _start_process(pipe: int) -> "subprocess.Popen[bytes]":
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
-            "TOKENIZERS_PARALLELISM": "false",
+            THREADS: "false",
         },
         stdin=subprocess.DEVNULL,
         pass_fds=[pipe],

@@ -32,7 +32,7 @@ from runtime.run_folder import RunFolder, check_space, open_run_together
 from runtime.watchdog import Watchdog
 from runtime.weights import save_pretrained
 from sft.balance import Balance
-from sft.batch import Batch, load_batch
+from sft.batch import Batch, Sizes, load_batch
 from sft.card import model_card
 from sft.config import SFTConfig
 from sft.data import Data, load_data, set_template
@@ -127,6 +127,9 @@ class Run:
             raise UserError(
                 f"model={config.model!r} has no DeepSeek-V3 routers: set bias_update_speed and balance_loss to 0"
             )
+        made_for = getattr(trainee.model.config, "max_position_embeddings", None) or math.inf
+        if (longest := int(data.train.lengths.max())) > made_for and world.is_main:
+            log.warning("an example of %s tokens: the model was made for %s positions", f"{longest:,}", f"{made_for:,}")
         self.done = 0
         self.best = math.inf
         """Lowest held-out loss so far."""
@@ -175,10 +178,9 @@ class Run:
         rows = range(first, min(first + self.config.rows_per_step, len(self.epochs)))
         with self.phase(tracker, "training", "trainer"):
             batches = list(self.passes([self.epochs.row(row) for row in rows]))
-            sizes = [[w * len(b.targets_C), w * b.tokens, w * len(b.packed.layout.lengths)] for b, w in batches]
-            counts = self.world.sum(torch.tensor(sizes, dtype=torch.float64).sum(0))
-            targets, tokens, sequences = counts.tolist()
-            loss = sum(self.backward(batch, weight, targets, sequences) for batch, weight in batches)
+            sizes = [weight * batch.sizes for batch, weight in batches]
+            counts = Sizes(*self.world.sum(torch.stack(sizes).sum(0)).tolist())
+            losses = sum(self.backward(batch, weight, counts) for batch, weight in batches)
             self.trainee.sum_gradients()
             norm = self.optimizer.step(self.done)
         speed = self.config.bias_update_speed
@@ -189,34 +191,38 @@ class Run:
         self.done += 1
         failpoint("sft/stepped")
         seconds = time.perf_counter() - began
+        loss, mtp_loss = self.world.sum(losses).tolist()
         return {
-            "loss": float(self.world.sum(torch.tensor(loss, dtype=torch.float64))),
+            "loss": loss,
+            **({"mtp_loss": mtp_loss} if self.config.mtp_loss else {}),
             "grad_norm": norm,
             "learning_rate": self.optimizer.optimizers[0].param_groups[0]["lr"],
             "epoch": self.epochs.epoch_at(rows.stop),
-            "num_tokens": tokens,
-            "trained_tokens": targets,
-            "tokens_per_second": tokens / seconds,
+            "num_tokens": counts.tokens,
+            "trained_tokens": counts.targets,
+            "tokens_per_second": counts.tokens / seconds,
             "step_time": seconds,
             **loads,
         }
 
-    def backward(self, batch: Batch, weight: float, targets: float, sequences: float) -> float:
-        """One pass; its share of the step's loss, a mean over the targets and sequences of all processes."""
+    def backward(self, batch: Batch, weight: float, counts: Sizes) -> Tensor:
+        """One pass; its share of the step's loss and of the MTP layer's, means over all processes' targets; (2,)."""
         config = self.config
         with self.balance.watching(counted=weight > 0) if self.watches else contextlib.nullcontext():
-            logp_C = self.logprobs(batch)
-            loss = -logp_C.sum() / targets * weight
-            whole = loss
+            logp_C, further_M = self.logprobs(batch, further=bool(config.mtp_loss))
+            loss = -logp_C.sum() / counts.targets * weight
+            mtp_loss = torch.zeros(()) if further_M is None else -further_M.sum() / max(counts.further, 1) * weight
+            whole = loss + config.mtp_loss * mtp_loss
             if config.balance_loss:
-                whole = loss + config.balance_loss * weight * self.balance.loss(batch.packed.layout) / sequences
+                balance = self.balance.loss(batch.packed.layout) / counts.sequences
+                whole = whole + config.balance_loss * weight * balance
             whole.backward()
-        return float(loss.detach())
+        return torch.tensor([float(loss.detach()), float(mtp_loss.detach())], dtype=torch.float64)
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        """log π of the targets, (C,) fp32."""
+    def logprobs(self, batch: Batch, *, further: bool = False) -> tuple[Tensor, Tensor | None]:
+        """log π of the targets, (C,) fp32; and, asked for, the MTP layer's of those two tokens on, (M,)."""
         with self.world.autocast():
-            return self.trainee(batch.packed, batch.states_C, batch.targets_C)
+            return self.trainee(batch.packed, batch.targets, batch.further if further else None)
 
     def passes(self, rows: Sequence[Ints], examples: Any = None) -> Iterator[tuple[Batch, float]]:
         """This process's share of the rows, in passes, each with weight 1.
@@ -247,7 +253,7 @@ class Run:
             if self.data.held_out:
                 held_out = self.data.held_out.items()
                 passes = {name: self.passes(self._held_out_rows(store), store) for name, store in held_out}
-                metrics = source_losses(passes, self.logprobs, self.world.sum)
+                metrics = source_losses(passes, lambda batch: self.logprobs(batch)[0], self.world.sum)
             if config.problems:
                 model = self.trainee.whole()
                 if model is not None and self.world.is_main:

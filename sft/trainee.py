@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runtime.adapters import add_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
-from runtime.packed import Packed, logprobs_to_sum, plain_model
+from runtime.models import mtp_layer
+from runtime.packed import Packed, Targets, logprobs_to_sum, plain_model
 from runtime.sharding import is_sharded, shard, whole_state
 from sft.config import SFTConfig
 
@@ -54,6 +55,14 @@ class Trainee(nn.Module):
             from peft import load_peft_weights, set_peft_model_state_dict
 
             set_peft_model_state_dict(self.model, load_peft_weights(str(adapters)))
+        mtp = mtp_layer(self.model)
+        if mtp is None and config.mtp_loss:
+            raise UserError(
+                f"mtp_loss={config.mtp_loss}: model={config.model!r} has no MTP layer, by num_nextn_predict_layers in "
+                "its config.json; set mtp_loss to 0"
+            )
+        if mtp is not None and not config.mtp_loss:
+            mtp.requires_grad_(False)  # no gradient, and so no weight decay
         layers: Any = plain_model(self.model).base_model.layers
         if config.compile:
             for layer in layers:
@@ -64,9 +73,9 @@ class Trainee(nn.Module):
                 self._skeleton = (_without_weights(self.model),)
             shard(self, layers, world)
 
-    def forward(self, packed: Packed, states_C: Tensor, targets_C: Tensor) -> Tensor:
-        """log π(target), (C,) fp32, to be added up; `states_C` says which token of the row predicts each target."""
-        return logprobs_to_sum(self.model, packed, states_C, targets_C)
+    def forward(self, packed: Packed, targets: Targets, further: Targets | None = None) -> tuple[Tensor, Tensor | None]:
+        """log π(target), (C,) fp32, to be added up; and the same of `further` by the MTP layer, if asked for."""
+        return logprobs_to_sum(self.model, packed, targets, further)
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -84,3 +84,34 @@ def test_gspo_and_dr_grpo_are_the_papers(name: str, loss: tuple[Any, ...], rollo
 def test_every_file_parses(path: Path) -> None:
     config = next((c for prefix, c in OF_COMMAND.items() if path.stem.startswith(prefix)), GRPOConfig)
     assert isinstance(parse(config, ["--config", str(path)], prog="", description=""), config)
+
+
+def sft(name: str) -> SFTConfig:
+    return parse(SFTConfig, ["--config", str(FOLDER / f"{name}.yaml")], prog="sft", description="")
+
+
+def test_sft_defaults_are_v3s() -> None:
+    config = SFTConfig()
+    assert (config.epochs, config.optim.lr, config.optim.final_lr, config.optim.warmup_steps) == (2, 5e-6, 1e-6, 0)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.max_grad_norm) == ((0.9, 0.95), 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "lr"),
+    [
+        ("r1", 128, 5e-5), ("distill_qwen_1.5b", 64, 1e-4), ("distill_qwen_7b", 64, 8e-5),
+        ("distill_qwen_14b", 64, 7e-5), ("distill_qwen_32b", 64, 6e-5),
+        ("distill_llama_8b", 64, 5e-5), ("distill_llama_70b", 64, 2e-5),
+    ],
+)  # fmt: skip
+def test_r1s_schedules_are_the_papers(name: str, rows: int, lr: float) -> None:
+    config = sft(f"sft_{name}")
+    assert (config.epochs, config.row_length, config.rows_per_step) == (2, 32_768, rows)
+    assert (config.optim.lr, config.optim.final_lr) == (lr, pytest.approx(lr / 10))
+
+
+@pytest.mark.parametrize("gpus", [8, 64])
+def test_every_gpu_has_as_many_rows(gpus: int) -> None:
+    config = sft(f"sft_{gpus}_gpus")
+    assert config.rows_per_step % (gpus * config.rows_per_pass) == 0
+    assert (config.optim, config.epochs) == (SFTConfig().optim, 2)

@@ -199,3 +199,10 @@ def test_a_sum_under_autocast_scales_gradients_in_fp32(head):
         assert got.dtype == torch.float32
         assert float(((got * expected).sum() / expected.square().sum()).detach()) == pytest.approx(1, abs=1e-3)
         torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_no_targets_at_all_have_zero_gradients(head):
+    """Where processes must keep step, one of them may have nothing to predict."""
+    hidden, targets = states(T=0)
+    summed_logprobs(head, hidden, targets, vocab_size=20).sum().backward()
+    assert hidden.grad.shape == (0, 8) and not head.weight.grad.any()

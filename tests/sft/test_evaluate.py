@@ -32,7 +32,7 @@ def examples(tokenizer):
 def losses(model, examples):
     def measure(**passes: list[tuple[list[int], float]]) -> dict[str, float]:
         def logprobs(batch):
-            return logprobs_at(model, batch.packed, batch.states_C, batch.targets_C)[0]
+            return logprobs_at(model, batch.packed, *batch.targets)[0]
 
         batches = {name: [(load_batch(examples, n), w) for n, w in these] for name, these in passes.items()}
         return source_losses(batches, logprobs, lambda sums: sums)

@@ -42,10 +42,10 @@ def loss_and_gradients(model, examples, passes: list[list[int]]) -> tuple[float,
     """Of the token mean over all passes."""
     model.zero_grad()
     batches = [load_batch(examples, numbers) for numbers in passes]
-    targets = sum(len(batch.targets_C) for batch in batches)
+    targets = sum(len(batch.targets.ids_C) for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = -logprobs_at(model, batch.packed, batch.states_C, batch.targets_C)[0].sum() / targets
+        loss = -logprobs_at(model, batch.packed, *batch.targets)[0].sum() / targets
         loss.backward()
         total += float(loss.detach())
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -102,6 +102,8 @@ def test_targets_are_the_trained_tokens_and_never_an_examples_first() -> None:
     batch = load_batch(examples, [0, 1])
     assert batch.packed.ids_T.tolist() == [5, 6, 7, 8, 9]
     assert batch.packed.cu_seqlens == [0, 3, 5]
-    assert batch.targets_C.tolist() == [7, 9]
-    assert batch.states_C.tolist() == [1, 3]
+    assert batch.targets.ids_C.tolist() == [7, 9]
+    assert batch.targets.states_C.tolist() == [1, 3]
+    assert batch.further.ids_C.tolist() == [7]  # two tokens on, and in the same example
+    assert batch.further.states_C.tolist() == [0]
     assert examples[0][1].tolist() == [True, False, True]  # the store's own arrays are left alone
