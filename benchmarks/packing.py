@@ -5,11 +5,11 @@
 Lengths are those of a mix: seven in ten log-normal around 250 tokens (instructions and chat), three in ten around 900
 (worked reasoning), cut at 4096. Ids are random. Ours: the epoch is drawn from the store, planned, and every packed row
 gathered, ids and mask. TRL's: `pack_dataset` by "bfd", with the number of processes and the batch size that are fastest
-here, of the ids and labels, as its trainer packs them, and of the ids alone; its rows come to lie on disk. Two times are
-taken: until any row can be asked for, which to ours is the plan and to TRL all of `pack_dataset`; and until every row
-was read once as arrays. Everyone finds what it reads in the system's cache. All must hold every example once, or
-nothing is timed. The exit code is 1 for that, for a fill below 99.5 %, and for more than 2 GiB of resident memory above what ours held before it opened the
-store.
+here, of the ids and labels, as its trainer packs them, and of the ids alone; its rows come to lie on disk. Two times
+are taken: until any row can be asked for, which to ours is the plan and to TRL all of `pack_dataset`; and until every
+row was read once as arrays. Everyone finds what it reads in the system's cache. All must hold every example once, or
+nothing is timed. The exit code is 1 for that, for a fill below 99.5 %, and for more than 2 GiB of resident memory above
+what ours held before it opened the store.
 """
 
 import argparse
