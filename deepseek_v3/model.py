@@ -72,7 +72,7 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
 class Output(BaseModelOutputWithPast):
     """Hidden states (B, L, D), and those of the MTP layer."""
 
-    mtp_hidden_state: torch.FloatTensor | None = None
+    mtp_hidden_state: Tensor | None = None
 
 
 class DeepseekV3Model(DeepseekV3PreTrainedModel):

@@ -180,7 +180,7 @@ class Run:
             batches = list(self.passes([self.epochs.row(row) for row in rows]))
             sizes = [weight * batch.sizes for batch, weight in batches]
             counts = Sizes(*self.world.sum(torch.stack(sizes).sum(0)).tolist())
-            losses = sum(self.backward(batch, weight, counts) for batch, weight in batches)
+            losses = torch.stack([self.backward(batch, weight, counts) for batch, weight in batches]).sum(0)
             self.trainee.sum_gradients()
             norm = self.optimizer.step(self.done)
         speed = self.config.bias_update_speed
