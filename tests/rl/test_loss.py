@@ -414,7 +414,8 @@ def test_trls_trainer_has_the_same_loss_and_gradients(trl_trainer, settings):
     theirs = trl_trainer._compute_loss(model, trl_inputs)
     theirs.backward()
 
-    assert float(parts.loss.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5, abs=1e-7)
+    # Terms of order 1 cancel to a thousandth: what is left of fp32 depends on the machine.
+    assert float(parts.loss.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5, abs=1e-6)
     for name, p in model.named_parameters():
         scale = p.grad.abs().max()
         assert scale > 0, name
