@@ -66,7 +66,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, prog: str
     Like argparse, ends the process: with 0 after --help and --print_config, with 2 and one line on a mistake.
     """
     try:
-        return read(config_class, sys.argv[1:] if argv is None else argv, prog=prog, description=description)
+        return _parse(config_class, sys.argv[1:] if argv is None else argv, prog, description)
     except UserError as error:
         print(f"{prog}: error: {error}\n(--help explains every setting)", file=sys.stderr)
         raise SystemExit(2) from error
@@ -96,8 +96,7 @@ class _Given:
     where: str  # a file, or "flag --name"
 
 
-def read(config_class: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
-    """The same, but a mistake is a UserError."""
+def _parse(config_class: type[T], argv: Sequence[str], prog: str, description: str) -> T:
     known = _settings(config_class)
     switches, files, flags = _split(argv, known)
     given = [g for file in files for g in _flatten(_read_yaml(file), "", known, file)]

@@ -20,9 +20,10 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
+from runtime.environment import environment
 from sampling import vllm_reload
 from sampling.protocol import Completion, Fingerprints, FinishReason, SamplingParams, Weights
-from sampling.vllm_setup import cpu_attention, environment, guest, has_amx, hf_overrides
+from sampling.vllm_setup import cpu_attention, guest, has_amx, hf_overrides
 
 CPU_BATCH_TOKENS = 4096
 """Tokens of a forward pass on a CPU, unless a single sequence may be longer."""

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from runtime.environment import environment
+
 logger = logging.getLogger(__name__)
 
 MLA_HEAD = 576
@@ -69,20 +71,6 @@ def cpu_attention(config: dict[str, Any], *, dtype: str, while_open: ExitStack) 
 def has_amx() -> bool:
     """Whether this CPU has Intel's matrix tiles, with which vLLM's bfloat16 is the fast path."""
     return bool(torch.cpu._is_amx_tile_supported())
-
-
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

@@ -34,6 +34,7 @@ import xxhash
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from runtime.environment import environment
 from runtime.errors import UserError
 from runtime.files import make_folder, replacing, write_durably
 from runtime.progress import track_steps, visible
@@ -66,6 +67,7 @@ IN_PLACE_SECONDS = 10.0
 PLAIN_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
 THREADS = "TOKENIZERS_PARALLELISM"
+"""Whether a tokenizer uses threads of its own; it looks there at every call."""
 MOST_OPEN = 256
 """Files that a store keeps open at once."""
 
@@ -296,7 +298,7 @@ class _Builder:
         missing = (chunk for chunk in _chunks(self.source) if chunk[0] not in there)
         began = time.monotonic()
         for chunk in missing:
-            with _threads(self.workers > 1):
+            with environment(THREADS, str(self.workers > 1).lower()):
                 made = encode_chunk(self.tokenizer, chunk, self.settings)
             yield made
             if self.workers > 1 and time.monotonic() - began > IN_PLACE_SECONDS:
@@ -339,20 +341,6 @@ class _Builder:
                 logger.info("%s: another process tokenises it; waiting", visible(self.source.name))
                 fcntl.flock(file, how)
             yield
-
-
-@contextlib.contextmanager
-def _threads(wanted: bool) -> Iterator[None]:
-    """Whether the tokenizer uses threads of its own, which it reads from the environment at every call."""
-    before = os.environ.get(THREADS)
-    os.environ[THREADS] = str(wanted).lower()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[THREADS]
-        else:
-            os.environ[THREADS] = before
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[Chunk]:
