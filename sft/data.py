@@ -61,9 +61,9 @@ def load_data(
         check_sources(
             [*config.sources, *config.evaluation.sources], tokenizer, train_turns=config.train_turns, end_ids=end_ids
         )
-        _open(config, tokenizer)
+        data = _open(config, tokenizer)
     world.wait()
-    return _open(config, tokenizer)
+    return data if world.is_main else _open(config, tokenizer)
 
 
 def _open(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:

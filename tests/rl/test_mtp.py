@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 import deepseek_v3
 from recipes.tiny import make_tokenizer, tiny_config
 from rl.config import EvaluationConfig, GRPOConfig, OptimConfig, SamplingConfig
+from rl.policy import Policy
 from rl.train import train
+from runtime.distributed import World
 from runtime.metrics import read_metrics
+from runtime.models import mtp_layer
 
 LAYER = "model.layers.2."
 
@@ -61,6 +64,9 @@ def test_the_layer_is_handed_over_and_saved_as_it_was(mtp, tmp_path, backend, ex
     def whatever(completions, **_):
         return [float(sum(map(ord, text)) % 5) for text in completions]
 
+    # Where processes add gradients up, one that is absent counts zero, and weight decay would move the layer.
+    layer = mtp_layer(Policy(config, World()).model)
+    assert layer is not None and not any(p.requires_grad for p in layer.parameters())
     train(config, rewards={whatever: 1.0})
     before = load_file(mtp / "model.safetensors")
     after = load_file(tmp_path / "run/checkpoints/final/model.safetensors")

@@ -132,6 +132,15 @@ def test_a_resumed_run_counts_on() -> None:
     assert second.startswith("step 9/10") and second.endswith("eta 0:00")
 
 
+def test_what_is_counted_may_be_something_else() -> None:
+    def run(console: Console) -> None:
+        with track_steps(10, "t", start=8, unit="row", console=console) as tracker:
+            tracker.update(9, {})
+
+    first, second = on_pipe(run).splitlines()
+    assert first == "t: 10 rows, from row 9" and second.startswith("row 9/10")
+
+
 def test_nothing_is_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     on_pipe(three_steps)

@@ -1,6 +1,7 @@
 """SFT with the loss of the MTP layer: its own mean, one gradient however divided, and no trace where it is off."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from runtime.models import load_causal_lm
 from sft.batch import load_batch
 from sft.config import CheckpointConfig, EvaluationConfig, LoraConfig, OptimConfig
 from sft.data import load_data
+from sft.mix import SourceConfig
 from sft.train import Result, train
 
 QUIET: dict[str, Any] = dict(evaluation=EvaluationConfig(), checkpoint=CheckpointConfig(every=0))
@@ -70,9 +72,15 @@ def assert_same(a: Path, b: Path, limit: float = 1e-5) -> None:
         torch.testing.assert_close(tensor, weights(b)[name], rtol=0, atol=limit, msg=name)
 
 
-def test_the_first_steps_losses_are_means_over_trained_tokens_one_and_two_ahead(go, mtp, config, tokenizer) -> None:
-    """Of one unpacked example at a time, from logits."""
-    result = go(mtp_loss=0.3, rows_per_step=1000, epochs=1, optim=OptimConfig(lr=1e-9, final_lr=1e-9))
+def test_the_first_steps_losses_are_means_over_trained_tokens_one_and_two_ahead(
+    go, mtp, config, tokenizer, tmp_path
+) -> None:
+    """Of one unpacked example at a time, from logits. A prompt of one token has a target that is only one ahead."""
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"prompt": "a", "completion": "bcdefg"}) + "\n")
+    config = dataclasses.replace(config, mix=(*config.mix, SourceConfig(path=str(short), epochs=3)))
+    once: dict[str, Any] = dict(rows_per_step=1000, epochs=1, optim=OptimConfig(lr=1e-9, final_lr=1e-9))
+    result = go(mtp_loss=0.3, mix=config.mix, **once)
     model: Any = load_causal_lm(mtp).requires_grad_(False)
     data = load_data(config, tokenizer, World())
     sums = torch.zeros(2, 2, dtype=torch.float64)
@@ -84,6 +92,7 @@ def test_the_first_steps_losses_are_means_over_trained_tokens_one_and_two_ahead(
             for t in range(ahead, len(ids)):
                 if trained[t]:
                     sums[ahead - 1] += torch.tensor([-float(logp[t - ahead, ids[t]]), 1.0], dtype=torch.float64)
+    assert sums[0, 1] - sums[1, 1] == 3
     means = sums[:, 0] / sums[:, 1]
     assert series(result.run_dir, "loss") == pytest.approx([float(means[0])], rel=1e-5)
     assert series(result.run_dir, "mtp_loss") == pytest.approx([float(means[1])], rel=1e-5)
@@ -103,6 +112,16 @@ def test_off_it_stays_as_it_was_to_the_bit(go, mtp, changes) -> None:
     after = of_the_layer(weights(go(**changes).run_dir))
     before = of_the_layer(load_file(mtp / "model.safetensors"))
     assert after.keys() == before.keys() and len(before) > 20
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_off_it_stays_as_it_was_where_processes_add_up_gradients_themselves(commands, mtp, tmp_path) -> None:
+    """They give a weight without a gradient zeros, and weight decay would move it."""
+    ended = commands.sft(tmp_path / "run", f"--model={mtp}", "--shard=false", "--evaluation.every=0", processes=2)
+    assert ended.codes == [0, 0], ended.output
+    after, before = (
+        of_the_layer(tensors) for tensors in (weights(tmp_path / "run"), load_file(mtp / "model.safetensors"))
+    )
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 

@@ -466,6 +466,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(go, v3, tmp_path):
         go(model=str(tmp_path / "model"))
 
 
+def test_examples_beyond_the_models_positions_are_said(go, v3, tokenizer, tmp_path, caplog):
+    short = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(v3)
+    short.config.max_position_embeddings = 10
+    short.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with caplog.at_level("WARNING"):
+        go(model=str(tmp_path / "model"), evaluation=QUIET, checkpoint=FINAL_ONLY)
+    assert "the model was made for 10 positions" in caplog.text
+
+
 def test_a_mix_of_weights_is_trained_too(go, data):
     mix = tuple(SourceConfig(path=str(data / f"{name}.jsonl"), weight=1.0) for name in ("sums", "names"))
     result = go(mix=mix, evaluation=QUIET, checkpoint=FINAL_ONLY)
