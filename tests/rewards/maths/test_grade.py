@@ -237,10 +237,10 @@ def test_gold_is_read_from_solutions_and_numbers(gold: object, bare: str) -> Non
     ],
     ids=range(20),
 )
-def test_hostile_completions_cost_under_a_second(hostile: str) -> None:
+def test_hostile_completions_cost_little(hostile: str) -> None:
     start = time.perf_counter()
     assert grade_math("9", hostile).score == 0.0
-    assert time.perf_counter() - start < 1.0
+    assert time.perf_counter() - start < 10  # without limits, minutes
 
 
 def test_threads_and_event_loops_get_the_same_verdicts() -> None:

@@ -151,7 +151,7 @@ def test_server_that_hangs_or_drips_costs_its_time_limit_once(server):
         server.script = [behaviour]
         began = time.monotonic()
         replies = ask(server, count=6, concurrency=2, timeout=0.3, time_limit=0.8)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5  # without limits, 9 and 15
         assert all(reply.text is None and reply.error for reply in replies)
         assert replies[-1].error == "time limit: not tried"
 
