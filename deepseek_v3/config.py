@@ -2,9 +2,11 @@
 
 Every size keeps V3's latent of 512 + 64 values a token (vLLM's MLA kernels take no other) and V3's YaRN, with
 `max_position_embeddings = factor × original_max_position_embeddings` as transformers and vLLM both assume.
+The presets are models after their context was extended; `context` gives other lengths, and the model before it.
 """
 
 import difflib
+import math
 from typing import Any
 
 from transformers import DeepseekV3Config
@@ -22,6 +24,26 @@ def yarn(*, factor: float, original: int, theta: float = 10000.0) -> dict[str, A
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
     }
+
+
+def context(length: int, *, factor: float = 40.0, original: int = 4096) -> dict[str, Any]:
+    """Fields of a config for samples of up to `length` tokens, when positions up to `original` were pre-trained.
+
+    For `preset(name, **fields)`, and to extend a checkpoint: `from_pretrained(folder, **fields)`; no weight changes.
+    Up to `original`, RoPE is left alone. Beyond it V3 extends in two phases of 1,000 steps, to 32,768 and to 131,072
+    (arXiv 2412.19437, 4.3), with the same YaRN in both; they differ in the length of samples. ValueError beyond
+    factor × original.
+    """
+    if length <= original:
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        return {"max_position_embeddings": original, "rope_parameters": rope}
+    reach = round(factor * original)
+    if length > reach:
+        raise ValueError(
+            f"context: length={length} is beyond factor × original = {factor:g} × {original} = {reach}; "
+            f"use factor={math.ceil(length / original)} or more"
+        )
+    return {"max_position_embeddings": reach, "rope_parameters": yarn(factor=factor, original=original)}
 
 
 # What all sizes share. transformers drops the two method names when it saves its own models; vLLM needs them.

@@ -1,15 +1,21 @@
 """Token states -> expert choice -> mixed expert outputs: DeepSeekMoE with V3's router (arXiv 2412.19437, 2.1.2).
 
-Shapes: T tokens, D hidden, E routed experts, K chosen per token, I expert width.
-Left out here: the bias update and the balance loss of pre-training.
+The experts' products run in one of two ways: one by one (`_Mixed`: CPUs, and fp32 on CUDA), or as grouped matrix
+products (bf16 on CUDA).
+
+Shapes: T tokens, D hidden, E routed experts, K chosen per token, I expert width, J = 2·I; S = T·K (token, expert) pairs
+sorted by expert, s those of a block of experts.
+Left out here: the bias update and the balance loss of pre-training; FP8 is fp8/linear.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import DeepseekV3Config
 
 
@@ -31,12 +37,19 @@ class Router(nn.Module):
 
     The bias b steers the choice only; gates come from the unbiased scores. Experts compete within the best
     `topk_group` of `n_group` groups; the others are out by −inf, so a negative bias can't let them back in.
+    ValueError when those groups haven't K experts.
     """
 
     e_score_correction_bias: Tensor
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
+        E, K, groups, kept = config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group
+        if E % groups or kept > groups or E // groups * kept < K or (groups > 1 and E // groups < 2):
+            raise ValueError(
+                f"n_group={groups}, topk_group={kept}: {E} experts (n_routed_experts) must fall into equal groups of "
+                f"two or more, and those kept have num_experts_per_tok={K} or more; lower n_group or raise topk_group"
+            )
         self.top_k = config.num_experts_per_tok
         self.n_group = config.n_group
         self.topk_group = config.topk_group
@@ -82,14 +95,157 @@ class Router(nn.Module):
 MANY_TOKENS = 128
 """From so many tokens on, no token's output depends on the others' on a CPU, not even in its last bit."""
 _MIN_ROWS = 16
+_BLOCK_ROWS = 1024
+"""Of experts computed together: few enough for a cache, enough that a call costs little beside its arithmetic."""
 
 
-def _rowwise_linear(x_SD: Tensor, weight: Tensor) -> Tensor:
-    """x W^T. CPU libraries add up products of a few rows in another order than of many: few are padded."""
-    rows = len(x_SD)
-    if rows == 0 or rows >= _MIN_ROWS:
-        return F.linear(x_SD, weight)
-    return F.linear(F.pad(x_SD, (0, 0, 0, _MIN_ROWS - rows)), weight)[:rows]
+class _Mixed(torch.autograd.Function):
+    """Σ_k gate_k · expert_k(x), a block of experts after the other: its rows stay in the cache from gather to sum.
+
+    Only the products with W_gate and W_up are kept for the backward pass, block by block: one of their full size
+    would be asked of the system and zeroed anew each time. Gates are applied before W_down, where rows are shortest.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor
+    ) -> Tensor:
+        T, K = chosen_TK.shape
+        exact = x_TD.device.type == "cpu" and T >= MANY_TOKENS
+        expert_S = chosen_TK.flatten()  # S = T·K (token, expert) pairs
+        order_S = expert_S.argsort(stable=True)
+        ctx.blocks = _blocks(torch.bincount(expert_S, minlength=len(gate_up_EJD)).tolist())
+        rows = [sum(counts) for _, counts in ctx.blocks]
+        tokens, gates = (order_S // K).split(rows), gates_TK.flatten()[order_S, None].split(rows)
+        gate_up, down = gate_up_EJD.mT.unbind(), down_EDI.mT.unbind()
+        out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        products = []
+        for (experts, counts), token_s, gate_s1 in zip(ctx.blocks, tokens, gates, strict=True):
+            gate_up_sJ = _products(x_TD.index_select(0, token_s), gate_up[experts], counts, exact=exact)
+            gate_sI, up_sI = gate_up_sJ.chunk(2, dim=-1)
+            h_sI = F.silu(gate_sI).mul_(up_sI).mul_(gate_s1)
+            out_TD.index_add_(0, token_s, _products(h_sI, down[experts], counts, exact=exact).to(out_TD.dtype))
+            products.append(gate_up_sJ)
+        ctx.save_for_backward(x_TD, gates_TK, gate_up_EJD, down_EDI, order_S, *products)
+        return out_TD.to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, gates_TK, gate_up_EJD, down_EDI, order_S, *products = ctx.saved_tensors
+        _, _, _, train_gate_up, train_down = ctx.needs_input_grad
+        rows = [len(product) for product in products]
+        tokens = (order_S // gates_TK.shape[1]).split(rows)
+        gates = gates_TK.flatten()[order_S, None].split(rows)
+        gate_up, down = gate_up_EJD.unbind(), down_EDI.unbind()
+        d_x_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        d_gate_up_EJD = torch.empty_like(gate_up_EJD) if train_gate_up else None
+        d_down_EDI = torch.empty_like(down_EDI) if train_down else None
+        d_gates = []
+        for (experts, counts), token_s, gate_s1, gate_up_sJ in zip(ctx.blocks, tokens, gates, products, strict=True):
+            gate_sI, up_sI = gate_up_sJ.chunk(2, dim=-1)
+            d_y_sD = d_out_TD.index_select(0, token_s)
+            d_h_sI = _products(d_y_sD, down[experts], counts)
+            silu_sI = F.silu(gate_sI)
+            h_sI = silu_sI * up_sI
+            d_gates.append((d_h_sI * h_sI).sum(-1))
+            if d_down_EDI is not None:
+                _outer_products(d_y_sD, h_sI.mul_(gate_s1), counts, out=d_down_EDI[experts])
+            d_h_sI.mul_(gate_s1)
+            d_gate_up_sJ = torch.empty_like(gate_up_sJ)
+            d_gate_sI, d_up_sI = d_gate_up_sJ.chunk(2, dim=-1)
+            torch.mul(d_h_sI, silu_sI, out=d_up_sI)
+            torch.ops.aten.silu_backward.grad_input(d_h_sI.mul_(up_sI), gate_sI, grad_input=d_gate_sI)
+            if d_gate_up_EJD is not None:
+                _outer_products(d_gate_up_sJ, x_TD.index_select(0, token_s), counts, out=d_gate_up_EJD[experts])
+            d_x_TD.index_add_(0, token_s, _products(d_gate_up_sJ, gate_up[experts], counts).to(d_x_TD.dtype))
+        d_gates_S = torch.empty_like(gates_TK).flatten().index_copy_(0, order_S, torch.cat(d_gates).to(gates_TK.dtype))
+        return d_x_TD.to(x_TD.dtype), None, d_gates_S.view_as(gates_TK), d_gate_up_EJD, d_down_EDI
+
+
+def _blocks(counts: list[int]) -> list[tuple[slice, list[int]]]:
+    """Rows of each expert -> neighbours that have up to _BLOCK_ROWS together, or one that has more; and their rows."""
+    bounds, rows = [0], 0
+    for e, count in enumerate(counts):
+        if rows and rows + count > _BLOCK_ROWS:
+            bounds.append(e)
+            rows = 0
+        rows += count
+    return [(slice(a, b), counts[a:b]) for a, b in pairwise([*bounds, len(counts)])]
+
+
+def _products(x_sI: Tensor, weights: Sequence[Tensor], counts: list[int], *, exact: bool = False) -> Tensor:
+    """x W_e of each expert's rows, W_e (I, O)."""
+    parts = [_rows_times(x, weight, exact) for x, weight in zip(x_sI.split(counts), weights, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rows_times(x_sI: Tensor, weight_IO: Tensor, exact: bool) -> Tensor:
+    """x W. CPU libraries add up products of a few rows in another order than of many: to be exact, few are padded."""
+    rows = len(x_sI)
+    if not exact or rows == 0 or rows >= _MIN_ROWS:
+        return torch.mm(x_sI, weight_IO)
+    return torch.mm(F.pad(x_sI, (0, 0, 0, _MIN_ROWS - rows)), weight_IO)[:rows]
+
+
+def _outer_products(a_sO: Tensor, b_sI: Tensor, counts: list[int], *, out: Tensor) -> None:
+    """a^T b of each expert's rows, (O, I) each."""
+    for a, b, product in zip(a_sO.split(counts), b_sI.split(counts), out.unbind(), strict=True):
+        torch.mm(a.T, b, out=product)
+
+
+def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """x W_e^T, the first counts_E[0] rows by expert 0, and so on: one kernel on CUDA, nothing waits for the host."""
+    return F.grouped_mm(x_SI, weight_EOI.mT, offs=counts_E.cumsum(0, dtype=torch.int32))
+
+
+def can_group(x_TD: Tensor, *weights: Tensor) -> bool:
+    """Whether CUDA has a kernel for `grouped_linear`: bf16, rows of a multiple of 16 bytes, Ampere or later."""
+    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16 or len(x_TD) == 0:
+        return False
+    return all(w.shape[-1] % 8 == 0 for w in weights) and torch.cuda.get_device_capability(x_TD.device) >= (8, 0)
+
+
+class _Rows(torch.autograd.Function):
+    """x[rows], each row of x K times. Gradients are gathered too: `back` says where. Scattered, they'd be added up in
+    any order on CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows_S: Tensor, back_S: Tensor, K: int) -> Tensor:
+        ctx.save_for_backward(back_S)
+        ctx.K = K
+        return x.index_select(0, rows_S)
+
+    @staticmethod
+    def backward(ctx: Any, d_y_SD: Tensor) -> tuple[Tensor | None, ...]:
+        (back_S,) = ctx.saved_tensors
+        return d_y_SD.index_select(0, back_S).view(-1, ctx.K, d_y_SD.shape[1]).sum(1), None, None, None
+
+
+def grouped_mlp(x_SD: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert of its own rows."""
+    gate_SI, up_SI = grouped_linear(x_SD, gate_up_EJD, counts_E).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate_SI) * up_SI, down_EDI, counts_E)
+
+
+def mixed_in_groups(
+    x_TD: Tensor,
+    chosen_TK: Tensor,
+    gates_TK: Tensor,
+    gate_up_EJD: Tensor,
+    down_EDI: Tensor,
+    mlp: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = grouped_mlp,
+) -> Tensor:
+    """Σ_k gate_k · expert_k(x), all experts at once; `mlp` as `grouped_mlp`."""
+    T, K = chosen_TK.shape
+    expert_S = chosen_TK.flatten()
+    order_S = expert_S.argsort(stable=True)
+    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(T * K, device=order_S.device))
+    # bincount would wait for the host.
+    counts_E = expert_S.new_zeros(len(gate_up_EJD)).scatter_add_(0, expert_S, torch.ones_like(expert_S))
+    y_SD = mlp(_Rows.apply(x_TD, order_S // K, place_S, K), gate_up_EJD, down_EDI, counts_E)
+    y_TKD = _Rows.apply(y_SD, place_S, order_S, 1).view(T, K, x_TD.shape[1])
+    return (y_TKD * gates_TK[..., None].to(y_SD.dtype)).sum(1)
 
 
 class Experts(nn.Module):
@@ -103,23 +259,15 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Σ_k gate_k · expert_k(x). Each expert sees its tokens in one contiguous block; none is dropped."""
-        T, K = chosen_TK.shape
-        expert_S = chosen_TK.flatten()  # S = T·K (token, expert) pairs
-        order_S = expert_S.argsort(stable=True)
-        counts_E = torch.bincount(expert_S, minlength=len(self.gate_up_proj)).tolist()
-
-        def by_expert(x_SD: Tensor, weight: Tensor) -> Tensor:
-            # unbind once: indexing a fused parameter per expert would add a full-size gradient for each.
-            blocks = zip(x_SD.split(counts_E), weight.unbind(0), strict=True)
-            return torch.cat([linear(x, w) for x, w in blocks])
-
-        linear = _rowwise_linear if x_TD.device.type == "cpu" and T >= MANY_TOKENS else F.linear
-
-        gate_SI, up_SI = by_expert(x_TD[order_S // K], self.gate_up_proj).chunk(2, dim=-1)
-        y_SD = by_expert(F.silu(gate_SI) * up_SI, self.down_proj)
-        # Back to token order by a gather (not index_add_): the sum over k is then deterministic.
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(T * K, device=order_S.device))
-        return (y_SD[place_S].view(T, K, -1) * gates_TK[..., None].to(y_SD.dtype)).sum(1)
+        # Once each: an adapter computes them on every access.
+        gate_up_EJD: Tensor = self.gate_up_proj
+        down_EDI: Tensor = self.down_proj
+        if torch.is_autocast_enabled(x_TD.device.type):  # neither way below is an autocast function
+            dtype = torch.get_autocast_dtype(x_TD.device.type)
+            x_TD, gate_up_EJD, down_EDI = x_TD.to(dtype), gate_up_EJD.to(dtype), down_EDI.to(dtype)
+        if can_group(x_TD, gate_up_EJD, down_EDI):
+            return mixed_in_groups(x_TD, chosen_TK, gates_TK, gate_up_EJD, down_EDI)
+        return _Mixed.apply(x_TD, chosen_TK, gates_TK, gate_up_EJD, down_EDI)
 
 
 class MoE(nn.Module):

@@ -29,20 +29,24 @@ def yarn_ramp(dim: int, theta: float, original: int, beta_fast: float, beta_slow
 
 
 def inverse_frequencies(config: DeepseekV3Config) -> Tensor:
-    """The dim/2 rotary frequencies in radians per position, fp32 on the CPU."""
+    """The dim/2 rotary frequencies in radians per position, fp32 on the CPU.
+
+    Operations come in the order of transformers and vLLM: one rounding is up to 0.008 rad at position 131,071.
+    """
     rope = config.rope_parameters
     dim, theta = config.qk_rope_head_dim, float(rope["rope_theta"])
     with torch.device("cpu"):
-        frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        wavelengths = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # over 2π
         kind = rope.get("rope_type", "default")
         if kind == "default":
-            return frequencies
+            return 1.0 / wavelengths
         if kind != "yarn":
             raise ValueError(f"rope_parameters.rope_type={kind!r}: DeepSeek-V3 uses 'yarn' or 'default'")
         original = rope["original_max_position_embeddings"]
         low, high = yarn_ramp(dim, theta, original, rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0)
         ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
-        return frequencies * (1 - ramp) + frequencies / rope["factor"] * ramp
+        kept = 1 - ramp
+        return 1.0 / (rope["factor"] * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 def softmax_scale(config: DeepseekV3Config) -> float:

@@ -34,7 +34,9 @@ class World:
     def autocast(self) -> Any:
         """Context manager for forward passes."""
         # Not accelerate's own: its precision is fixed by the first run of a process, and a notebook has several.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        # No cache: a forward pass casts every weight once, and the copies would stay until its end, of all layers, also
+        # where FSDP2 has let go of the weights.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over processes."""

@@ -1,7 +1,10 @@
 """Small random models for the tests of the model, ours and transformers' with the same weights."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -82,3 +85,13 @@ def twin() -> Callable[..., transformers.PreTrainedModel]:
 @pytest.fixture(scope="module")
 def config_of() -> Callable[..., DeepseekV3Config]:
     return small
+
+
+@pytest.fixture(scope="session")
+def paper() -> ModuleType:
+    """paper.py: the model written out from its equations."""
+    spec = importlib.util.spec_from_file_location("paper", Path(__file__).with_name("paper.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

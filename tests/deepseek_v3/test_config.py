@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import deepseek_v3
-from deepseek_v3.rope import softmax_scale, yarn_ramp
+from deepseek_v3.config import context
+from deepseek_v3.rope import inverse_frequencies, softmax_scale, yarn_ramp
 
 
 def on_meta(name: str) -> deepseek_v3.DeepseekV3ForCausalLM:
@@ -55,3 +56,24 @@ def test_softmax_scale_of_v3():
     scale = softmax_scale(deepseek_v3.preset("671b"))
     assert scale == pytest.approx(0.1352338, abs=5e-8)
     assert scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+
+
+def test_v3_before_its_context_was_extended_has_plain_rope():
+    config = deepseek_v3.preset("671b", **context(4096))
+    assert config.max_position_embeddings == 4096
+    assert torch.equal(inverse_frequencies(config), 1 / 10_000.0 ** (torch.arange(0, 64, 2) / 64))
+    assert softmax_scale(config) == 192**-0.5
+
+
+@pytest.mark.parametrize("length", [4097, 32_768, 131_072, 163_840])
+def test_any_longer_context_of_v3_is_the_released_one(length):
+    released, config = deepseek_v3.preset("671b"), deepseek_v3.preset("671b", **context(length))
+    assert config.to_dict() == released.to_dict()
+
+
+def test_a_context_beyond_reach_names_the_factor_that_reaches_it():
+    with pytest.raises(
+        ValueError, match=r"length=163841 is beyond factor × original = 40 × 4096 = 163840; use factor=41"
+    ):
+        context(163_841)
+    assert context(163_841, factor=41)["max_position_embeddings"] == 41 * 4096

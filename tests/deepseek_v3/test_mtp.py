@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 import deepseek_v3
 from deepseek_v3.packing import Layout
@@ -158,6 +159,37 @@ def test_the_released_layer_has_11_610_068_224_parameters_of_its_own() -> None:
     assert sum(tensor.numel() for tensor in state.values()) == 11_610_068_224
     main = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.model.mtp.parameters())
     assert main == 671_026_404_352
+
+
+@torch.no_grad()
+def test_the_parts_over_a_cache_say_the_same_token_by_token(model) -> None:
+    """How a decoder runs the layer: h and the next token come in one at a time."""
+    ids = random_ids(LENGTH)
+    inputs: list[torch.Tensor] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    expected = model.model(ids, output_mtp=True).mtp_hidden_state[0]
+    hook.remove()
+    block, cache, states = model.model.mtp, DynamicCache(), []
+    for i in range(LENGTH - 1):
+        x_11D = block.combine(inputs[0][i], model.model.embed_tokens(ids[0, i + 1]))[None, None]
+        cos, sin = model.model.rope(torch.tensor([[i]]), x_11D.dtype)
+        x_11D = block.cached(x_11D, cos, sin, cache, torch.ones(1, 1, i + 1, dtype=torch.bool))
+        states.append(block.shared_head["norm"](x_11D)[0, 0])
+    torch.testing.assert_close(torch.stack(states), expected[:-1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model, side: str) -> None:
+    ids = torch.cat([random_ids(20, 5), random_ids(20, 6)])
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    padded = model.model(ids, attention_mask=mask, output_mtp=True).mtp_hidden_state
+    for row, real in zip(range(2), mask.bool(), strict=True):
+        alone = model.model(ids[row, real][None], output_mtp=True).mtp_hidden_state[0]
+        torch.testing.assert_close(padded[row, real][:-1], alone[:-1], atol=1e-5, rtol=0)
 
 
 def test_activations_computed_again_give_the_same_gradients(model) -> None:

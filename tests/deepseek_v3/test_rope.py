@@ -7,14 +7,16 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import deepseek_v3
+from deepseek_v3.config import context
 from deepseek_v3.rope import cos_sin, cos_sin_scale, inverse_frequencies, rotate
 
 
 @pytest.mark.parametrize("name", ["tiny", "671b"])
-def test_yarn_frequencies_are_those_of_transformers(name):
-    config = deepseek_v3.preset(name)
+@pytest.mark.parametrize("fields", [{}, context(32_768, factor=8), context(131_072, factor=32)])
+def test_yarn_frequencies_are_those_of_transformers_to_the_bit(name, fields):
+    config = deepseek_v3.preset(name, **fields)
     expected, scale = ROPE_INIT_FUNCTIONS["yarn"](config, device=None)
-    torch.testing.assert_close(inverse_frequencies(config), expected, atol=0, rtol=1e-6)
+    assert torch.equal(inverse_frequencies(config), expected)
     assert cos_sin_scale(config) == pytest.approx(scale) == 1.0
 
 

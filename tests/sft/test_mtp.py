@@ -14,6 +14,8 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.metrics import read_metrics
 from runtime.models import load_causal_lm
+from runtime.packed import Targets, logprobs_to_sum, pack
+from sft.balance import Balance
 from sft.batch import load_batch
 from sft.config import CheckpointConfig, EvaluationConfig, LoraConfig, OptimConfig
 from sft.data import load_data
@@ -156,3 +158,20 @@ def test_a_model_without_the_layer_and_adapters_are_refused(go, v3, llama) -> No
             go(model=str(model), mtp_loss=0.3)
     with pytest.raises(UserError, match="no adapters in the MTP layer"):
         go(mtp_loss=0.3, lora=LoraConfig(rank=2))
+
+
+@torch.no_grad()
+def test_the_layers_router_is_balanced_where_it_ran_and_left_alone_where_not(mtp) -> None:
+    model: Any = load_causal_lm(mtp)
+    packed = pack([list(range(5, 25)), list(range(30, 43))])
+    last = Targets(torch.tensor([3]), torch.tensor([7]))
+    losses, moved = [], []
+    for further in (None, last):
+        balance = Balance(model)
+        with balance.watching():
+            logprobs_to_sum(model, packed, last, further)
+            losses.append(float(balance.loss(packed.layout)))
+        balance.update(0.25, World())
+        moved.append([bool(router.e_score_correction_bias.any()) for router in balance.routers])
+    assert moved == [[True, False], [True, True]]
+    assert losses[1] - losses[0] >= 0.5 * len(packed.layout.lengths)  # one more layer's share, about 1 a sequence
