@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from deepseek_v3 import DeepseekV3ForCausalLM, preset
-from recipes.tiny import make_tokenizer
 
 STD = 0.08
 """Of the random weights: at the usual 0.02 every next token is about as likely and faults would hide (parity gates)."""
@@ -100,6 +99,8 @@ def _serve(pipe: Any, threads: int, main: Callable[..., None], args: tuple[Any, 
 
 def make_checkpoint(folder: Path, size: str, **overrides: Any) -> Path:
     """A preset, with config fields overridden, of random weights, and the tiny run's tokenizer."""
+    from recipes.tiny import make_tokenizer  # here, so that gpu.py's FP8 part needs no recipes
+
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = preset(

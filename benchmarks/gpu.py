@@ -1,223 +1,22 @@
-"""CUDA: seconds and peak memory of the update and of the log-prob head, ours against padded rows and all logits.
+"""CUDA: the FP8 kernels, the update and the log-prob head, checked and then timed against what else there is.
 
-Ours is `rl.update.update`: completions packed behind prompts that are computed once, FlexAttention, the head in chunks.
-The other side is transformers' own V3 of the same weights with SDPA and its fastest experts: a row for every
-completion, prompt and all, padded on both sides to the longest, logits of all completion tokens at once, the same loss,
-clip and AdamW. bf16 autocast over fp32 weights; DeepSeek-V2-Lite's dimensions ("16b") with few layers, about 1B random
-parameters. Needs neither TRL nor vLLM nor datasets. Before anything is timed, loss and gradient of one group must agree
-in fp32 without TF32; otherwise the exit code is 1.
+`_fp8_gpu` has the FP8 products and quantisers and needs torch, Triton and transformers only; `_update_gpu` the update
+and the head, which also need what our training loop imports (not TRL, vLLM or datasets). Each prints its table when it
+is done; what can't run here is named with the reason. The exit code is 1 where ours computes something else than it
+should, 2 without a GPU.
 
 `--device cpu --tiny` runs the same code at the smallest size: a check that it works, no measurement.
-Left out: sampling, several GPUs, TRL (update.py compares with it on a CPU).
 """
 
 import argparse
-import math
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+import time
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks._common import make_checkpoint, ratio, setting, spread, table, timed
-from benchmarks.head import full_logprobs
-from benchmarks.update import LR, Case, Recorder, make_groups, make_policy, padded, with_microbatches
-from rl.policy import Policy
-from rl.types import Group
-from rl.update import Optimizer, update
-from runtime.logprobs import token_logprobs
-
-TOLERANCE = 1e-3
-"""Largest relative difference of loss and gradient in fp32."""
-EXPERTS = ("grouped_mm", "batched_mm", "eager")
-
-
-class Plain:
-    """The other side: transformers' V3 on padded rows."""
-
-    def __init__(self, folder: Path, inputs: dict[str, Tensor], *, rows: int, device: torch.device) -> None:
-        """rows: of a micro-batch."""
-        self.folder, self.device, self.rows = folder, device, rows
-        self.inputs = {name: x.to(device) for name, x in inputs.items()}
-        self.experts = ""
-        self.model: Any = None
-
-    def load(self, experts: str) -> None:
-        import transformers
-
-        self.experts, self.model = experts, None
-        self.model = transformers.DeepseekV3ForCausalLM.from_pretrained(
-            self.folder, attn_implementation="sdpa", experts_implementation=experts, dtype=torch.float32
-        ).to(self.device)
-        parameters = list(self.model.parameters())
-        self.adamw = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
-
-    def backward(self) -> float:
-        """Gradients of the whole update, left in the model; returns the loss."""
-        x = self.inputs
-        total = len(x["advantages"])
-        loss = 0.0
-        for start in range(0, total, self.rows):
-            part = slice(start, start + self.rows)
-            ids = torch.cat([x["prompt_ids"][part], x["completion_ids"][part]], dim=1)
-            mask = torch.cat([x["prompt_mask"][part], x["completion_mask"][part]], dim=1)
-            trained = x["completion_mask"][part].bool()
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            before = hidden[:, x["prompt_ids"].shape[1] - 1 : -1]
-            logp, _ = full_logprobs(self.model.lm_head, before[trained], x["completion_ids"][part][trained])
-            advantages = x["advantages"][part, None].expand_as(trained)[trained]
-            share = (1 / (trained.sum(1, keepdim=True) * total)).expand_as(trained)[trained]
-            part_loss = -((logp - logp.detach()).exp() * advantages * share).sum()
-            part_loss.backward()
-            loss += float(part_loss.detach())
-        return loss
-
-    def update(self) -> None:
-        self.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-
-
-def measured(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds, and peak GiB allocated on the GPU (0 on a CPU)."""
-
-    def finished() -> None:
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds, _ = timed(finished)
-    return seconds, torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-
-
-def compare(
-    sides: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[list[float]]]:
-    """(seconds, peak GiB) of each side, by turns in an order that rotates, after a round that isn't counted."""
-    results: dict[str, list[list[float]]] = {name: [[], []] for name in sides}
-    for r in range(rounds + 1):
-        order = list(sides)[r % 2 :] + list(sides)[: r % 2]
-        for name in order:
-            seconds, memory = measured(sides[name], device)
-            if r:
-                results[name][0].append(seconds)
-                results[name][1].append(memory)
-    return results
-
-
-def rows(what: str, results: dict[str, list[list[float]]], tokens: int) -> list[list[str]]:
-    """Lines of the table; the first side is ours."""
-    (ours, _), *_ = results.values()
-    return [
-        [
-            *(what, name, spread(seconds, ".3f"), spread([tokens / s for s in seconds], ",.0f")),
-            "1" if seconds is ours else ratio(ours, seconds),
-            spread(memory, ".1f"),
-        ]
-        for name, (seconds, memory) in results.items()
-    ]
-
-
-# --- the update -------------------------------------------------------------------------------------------------------
-
-
-def parity(policy: Policy, groups: Sequence[Group], plain: Plain) -> tuple[float, float]:
-    """Relative differences of loss and gradient, in fp32."""
-    recorder = Recorder(policy.model, policy.config)
-    loss = update(policy, groups, recorder)["loss"]
-    theirs = plain.backward()
-    gradients = {name: p.grad for name, p in plain.model.named_parameters()}
-    off = math.sqrt(sum(float((g - gradients[name]).square().sum()) for name, g in recorder.gradient.items()))
-    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values() if g is not None))
-    plain.adamw.zero_grad(set_to_none=True)
-    return abs(loss / theirs - 1), off / norm
-
-
-def fastest_experts(plain: Plain, device: torch.device) -> None:
-    """Load the other side with the implementation of experts that is fastest here."""
-    seconds: dict[str, float] = {}
-    for experts in EXPERTS:
-        plain.load(experts)
-        try:
-            plain.update()
-            seconds[experts] = measured(plain.update, device)[0]
-        except (RuntimeError, NotImplementedError) as error:  # a kernel that this device or dtype lacks, or no memory
-            print(f"{experts} experts: {str(error).splitlines()[0]}", file=sys.stderr)
-    if not seconds:
-        raise RuntimeError("none of transformers' expert implementations runs here; see above")
-    plain.load(min(seconds, key=lambda experts: seconds[experts]))
-
-
-def time_update(args: argparse.Namespace, folder: Path, case: Case, device: torch.device) -> list[list[str]] | None:
-    """Rows of the update, or None where the sides don't compute the same."""
-    policy = make_policy(folder)
-    # bf16 puts the trainer's log-probs away from those of the groups, which are fp32's: not what is timed here.
-    sampling = replace(policy.config.sampling, gap_limit=1e9)
-    loss = replace(policy.config.loss, importance="none", importance_floor=0.0)
-    policy.config = replace(policy.config, sampling=sampling, loss=loss)
-    with_microbatches(policy, args.microbatch_tokens)
-    groups = make_groups(policy, case)
-    pad = int(policy.causal_lm.config.pad_token_id)
-
-    few = Plain(folder, padded(groups[:1], pad), rows=args.rows, device=device)
-    few.load("eager")
-    differs = parity(policy, groups[:1], few)
-    print(f"loss and gradient differ by {differs[0]:.1e} and {differs[1]:.1e} (≤ {TOLERANCE:g})", file=sys.stderr)
-    if not max(differs) <= TOLERANCE:
-        print(f"parity: loss and gradient differ by {differs}, more than {TOLERANCE:g}")
-        return None
-    del few
-
-    plain = Plain(folder, padded(groups, pad), rows=args.rows, device=device)
-    if args.precision == "bf16":
-        policy.world.precision = "bf16"
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-
-    def theirs() -> None:
-        with autocast():
-            plain.update()
-
-    with autocast():
-        fastest_experts(plain, device)
-    optimizer = Optimizer(policy.model, policy.config)
-    ours = partial(update, policy, groups, optimizer)
-    sides: dict[str, Callable[[], object]] = {"ours": ours, f"padded, {plain.experts} experts": theirs}
-    padded_shared, packed_shared = case.ceilings
-    what = f"update, {case}; ceiling {padded_shared:.2f}, packed {packed_shared:.2f}"
-    return rows(what, compare(sides, args.rounds, device), case.tokens)
-
-
-# --- the head ---------------------------------------------------------------------------------------------------------
-
-
-def time_head(args: argparse.Namespace, vocab_size: int, hidden_size: int, device: torch.device) -> list[list[str]]:
-    """Rows of the log-prob head, forward and backward."""
-    generator = torch.Generator().manual_seed(0)
-    head = nn.Linear(hidden_size, vocab_size, bias=False, device=device)
-    hidden = torch.randn(args.head_tokens, hidden_size, generator=generator).to(device).requires_grad_()
-    targets = torch.randint(vocab_size, (args.head_tokens,), generator=generator).to(device)
-
-    def work(logprobs: Callable[..., tuple[Tensor, Tensor]], **more: Any) -> None:
-        hidden.grad = head.weight.grad = None
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            logprobs(head, hidden, targets, **more)[0].sum().backward()
-
-    sides = {
-        "ours": partial(work, token_logprobs, vocab_size=vocab_size),
-        "all logits": partial(work, full_logprobs),
-    }
-    what = f"head, {args.head_tokens} × {vocab_size}, states of {hidden_size}"
-    return rows(what, compare(sides, args.rounds, device), args.head_tokens)
+from benchmarks import _fp8_gpu
+from benchmarks._common import setting, table
 
 
 def main() -> int:
@@ -235,33 +34,46 @@ def main() -> int:
     parser.add_argument("--head_tokens", type=int, default=8192, help="tokens that the head scores")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=5, help="after which no other FP8 row is begun")
     args = parser.parse_args()
     if args.tiny:
         args.preset, args.prompt, args.mean, args.longest, args.groups, args.head_tokens = "tiny", 8, 4, 12, 1, 64
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate would take a GPU that it sees
     elif not torch.cuda.is_available():
-        print("no CUDA device; `--device cpu --tiny` tries the code out", file=sys.stderr)
+        print(
+            "no CUDA device: nothing is measured. It takes an NVIDIA GPU, for FP8 of sm90 or later (H100, H200) with "
+            "Triton, and a torch built with CUDA; `--device cpu --tiny` tries the code out",
+            file=sys.stderr,
+        )
         return 2
+    until = time.monotonic() + 60 * args.minutes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else "no GPU"
-    heading = f"{name}; {setting(torch.get_num_threads(), 'torch', 'transformers', 'triton')}"
-    case = Case(preset=args.preset, groups=args.groups, prompt=args.prompt, mean=args.mean, longest=args.longest)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = make_checkpoint(Path(temporary) / "model", args.preset, num_hidden_layers=args.layers)
-        lines = time_update(args, folder, case, device)
-        if lines is None:
-            return 1
-        from transformers import AutoConfig
+    print(f"{name}; {setting(torch.get_num_threads(), 'torch', 'transformers', 'triton')}")
+    wrong = False
 
-        config = AutoConfig.from_pretrained(folder)
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-    lines += time_head(args, config.vocab_size, config.hidden_size, device)
-    print(f"\n{heading}  \n{args.precision}, {args.layers} layers of {args.preset}\n")
-    print(table(["what", "side", "seconds", "tokens/s", "ours is faster", "peak GiB"], lines))
-    return 0
+    measured = _fp8_gpu.measure(device, tiny=args.tiny, rounds=args.rounds, until=until)
+    if measured is None:
+        wrong = True
+    else:
+        lines, notes = measured
+        print("\nFP8" + "".join(f"  \nnot timed: {note}" for note in notes) + "\n")
+        print(table(_fp8_gpu.HEADER, lines), flush=True)
+
+    try:
+        from benchmarks import _update_gpu
+    except ModuleNotFoundError as error:
+        print(f"\nnot timed: the update and the head: {error}")
+        return int(wrong)
+    rows = _update_gpu.measure(args, device)
+    if rows is None:
+        wrong = True
+    else:
+        print(f"\n{args.precision}, {args.layers} layers of {args.preset}\n")
+        print(table(_update_gpu.HEADER, rows))
+    return int(wrong)
 
 
 if __name__ == "__main__":

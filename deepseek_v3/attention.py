@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DeepseekV3Config
 
+from deepseek_v3.fp8.linear import Fp8Linear
 from deepseek_v3.packing import Layout, SegmentAttention, flex_attention
 from deepseek_v3.rope import rotate, softmax_scale
 
@@ -100,6 +101,10 @@ class MLA(nn.Module):
         out = packed_attention(q, k, v, layout, self.scale)
         return self.o_proj(out.flatten(-2)), (c_kv, k_rope)
 
+    def absorbable(self, c_kv: Tensor) -> Tensor:
+        """c_kv as kv_b_proj takes it in: what a cache is to hold for the absorbed form to be the naive one."""
+        return self.kv_b_proj.rounded(c_kv) if isinstance(self.kv_b_proj, Fp8Linear) else c_kv
+
     def absorption(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, R) and W_UV (H, R, V): the two halves of kv_b_proj, per head."""
         weight = self.kv_b_proj.weight
@@ -117,6 +122,7 @@ class MLA(nn.Module):
         """
         q_nope, q_rope = self.queries(x_BLD, cos, sin)
         c_kv, k_rope = self.latent(x_BLD, cos, sin)
+        c_kv = self.absorbable(c_kv)
         c_BSR, k_BSP = (t[:, 0] for t in cache.update(c_kv[:, None], k_rope[:, None], self.layer_idx))
         w_uk, w_uv = self.absorption()
         q_BLHR = torch.einsum("blhn,hnr->blhr", q_nope, w_uk)

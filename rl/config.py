@@ -36,6 +36,9 @@ class SamplingConfig:
     experts: Literal["ignore", "compare", "replay"] = "ignore"
     """Mixture-of-experts models. "compare": the sampler records which experts it chose, and the share of tokens for
     which the trainer would choose others is a metric. "replay": the update also uses the recorded ones (R3)."""
+    speculate: bool = False
+    """A DeepSeek-V3 with an MTP layer, backend "native": that layer drafts every other token. Samples keep their
+    distribution and log-probs; the share of drafts accepted is a metric."""
     process: bool = False
     """Run the engine in a process of its own, which can be killed and started again when it dies or hangs."""
     time_limit: float = 1800.0
@@ -57,6 +60,10 @@ class SamplingConfig:
         )
         for name in ("max_tokens", "max_prompt_tokens", "time_limit"):
             require(getattr(self, name) > 0, f"sampling.{name}={getattr(self, name)}: must be positive")
+        require(
+            not self.speculate or self.backend == "native",
+            f"sampling.speculate=True: only our own sampler drafts, not sampling.backend={self.backend}; use native",
+        )
         require(self.max_restarts >= 0, f"sampling.max_restarts={self.max_restarts}: use 0 for none")
 
 
@@ -220,6 +227,11 @@ class GRPOConfig:
     """Decides data order, samples and adapters' first values."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": forward and backward under autocast; weights and optimizer stay fp32."""
+    fp8: Literal["off", "forward", "train"] = "off"
+    """A DeepSeek-V3's linear layers in FP8, with codes made of the same weights; embedding, head, router, norms and
+    attention itself never. "forward": where no gradient is wanted, in the sampler, which must be our own, and in the
+    reference (LoRA's is the policy itself). "train": in the policy's forward pass too; backward passes stay in
+    `precision`."""
     run_dir: str | None = None
     """The run's folder. Unset: runs/grpo-<date>-<time>."""
     resume: bool = False
@@ -274,6 +286,11 @@ class GRPOConfig:
             self.lora is None or self.loss.reference_every == 0,
             f"loss.reference_every={self.loss.reference_every}: under LoRA the reference is the model without its "
             "adapters, which can't be replaced; use 0",
+        )
+        require(
+            self.fp8 == "off" or self.sampling.backend == "native",
+            f"fp8={self.fp8}: only our own sampler computes so, not sampling.backend={self.sampling.backend}; "
+            "use native",
         )
         require(
             not self.resume or self.run_dir is not None,

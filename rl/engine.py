@@ -17,7 +17,7 @@ from rl.rollout import rollout, stop_token_ids
 from rl.types import Group, Prompt
 from runtime.distributed import World
 from runtime.errors import UserError
-from runtime.models import load_causal_lm
+from runtime.models import load_causal_lm, mtp_layer
 from runtime.weights import checkpoint_tensors
 from sampling.attest import SyncReport, make_canary, sync
 from sampling.backend import CANARY_TOKENS, make_sampler
@@ -43,6 +43,11 @@ class Engine:
                 f"sampling.experts={config.sampling.experts}: {config.model!r} has no experts that could be recorded; "
                 "use ignore"
             )
+        if config.sampling.speculate and mtp_layer(policy.model) is None:
+            raise UserError(
+                f"sampling.speculate=True: {config.model!r} has no MTP layer to draft with, by "
+                "num_nextn_predict_layers in its config.json; use false"
+            )
         self.sampler: Sampler = make_sampler(
             # Samplers know no adapters: they are sent merged weights.
             policy.causal_lm if config.lora is None else load_causal_lm(model).to(world.device),
@@ -54,13 +59,14 @@ class Engine:
             process=config.sampling.process,
             time_limit=config.sampling.time_limit,
             record_experts=record,
+            fp8=config.fp8 != "off",
         )
         self.backend = config.sampling.backend
         self.max_restarts = config.sampling.max_restarts
         self.canary = make_canary(
             policy.causal_lm.config.vocab_size,
             text=text,
-            dtype="bfloat16" if config.precision == "bf16" else self.sampler.dtype,
+            dtype="bfloat16" if config.precision == "bf16" and config.fp8 == "off" else self.sampler.dtype,
             sequences=2,
             length=CANARY_TOKENS,
         )
@@ -70,6 +76,7 @@ class Engine:
             temperature=config.sampling.temperature,
             stop_token_ids=stop_token_ids(policy.tokenizer, policy.causal_lm),
             record_experts=record,
+            speculate=config.sampling.speculate,
         )
         self.synced: SyncReport | None = None
         self.version = 0

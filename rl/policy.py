@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.fp8.linear import use_fp8
 from rl.config import GRPOConfig
 from rl.types import Batch
 from runtime.adapters import add_adapters
@@ -36,6 +38,10 @@ class Policy:
                 f"model={config.model!r}: its tokenizer has ids up to {largest}, its vocab_size is "
                 f"{base.config.vocab_size}: this is another model's tokenizer, or the embeddings were not resized"
             )
+        if config.fp8 != "off" and not isinstance(base, DeepseekV3ForCausalLM):
+            raise UserError(f"fp8={config.fp8}: model={config.model!r} is no DeepSeek-V3; use off")
+        if config.fp8 == "train":
+            use_fp8(base, "train")
         self.model: nn.Module = base if config.lora is None else add_adapters(base, config.lora, config.seed)
         if (mtp := mtp_layer(self.model)) is not None:
             mtp.requires_grad_(False)
@@ -70,6 +76,8 @@ class Policy:
     def replace_reference(self) -> None:
         """Freeze a copy of the policy as it is now."""
         self.reference = copy.deepcopy(self.model).requires_grad_(False)
+        if self.config.fp8 != "off":
+            use_fp8(self.reference, "forward")
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -62,6 +62,13 @@ def rollout_metrics(groups: Sequence[Group], world: World) -> dict[str, float]:
     return metrics
 
 
+def acceptance(groups: Sequence[Group], world: World) -> float:
+    """Share of drafted tokens that were accepted, over all processes; 0 if none was drafted."""
+    drafts = [c.drafts for group in groups for c in group.completions if c.drafts is not None]
+    drafted, accepted = world.sum(torch.tensor([[0, 0], *drafts]).sum(0)).tolist()
+    return accepted / max(drafted, 1)
+
+
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Held-out accuracy with its interval, and the habits behind it."""
     return {

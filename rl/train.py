@@ -24,7 +24,7 @@ from rl.engine import Engine
 from rl.evaluate import Evaluation, evaluate
 from rl.policy import Policy
 from rl.prompts import PromptSource, make_source
-from rl.record import evaluation_metrics, read_rollout, rollout_metrics, write_rollout
+from rl.record import acceptance, evaluation_metrics, read_rollout, rollout_metrics, write_rollout
 from rl.resume import Progress, checkpoint_bytes, load_training_state, save_training_state
 from rl.rollout import punish_overlong, score, set_advantages, teaches
 from rl.score import Scorer
@@ -261,6 +261,8 @@ class Run:
         rollout = Rollout(groups=order[:wanted], spare=order[wanted:], cursor=cursor, metrics=logged)
         if config.dynamic_sampling.max_rounds:
             rollout.metrics.update(self._accounts(rollout, drawn))
+        if config.sampling.speculate:
+            rollout.metrics["sampling/acceptance"] = acceptance(groups, self.world)
         if self.engine.restarts:
             rollout.metrics["sampling/restarts"] = float(self.engine.restarts)
         write_rollout(self.folder.rollouts_dir, rollout, step=self.done + 1, world=self.world)

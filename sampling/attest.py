@@ -67,9 +67,10 @@ class Canary:
     |---------------|----------------|---------------|
     | vLLM float32  | 7e-7           | 4e-6          |
     | vLLM bfloat16 | 0.013          | 0.4           |
+    | native float8 | 0.11           | 0.6           |
 
     What a fault moves there: one tensor of another seed 0.06 (a norm), 0.15 to 0.25 (router, experts), 0.5 to
-    1.0 (attention, embeddings); a zeroed router bias 0.03, which only float32 can tell from rounding. One
+    1.0 (attention, embeddings), all that float8 can tell; a zeroed router bias 0.03, only float32. One
     optimizer step on one tensor is below either: that is what fingerprints are for.
     """
 
@@ -112,10 +113,10 @@ def make_canary(
 
     text: token ids, say of a run's first prompts end to end; cut into sequences, repeated if there are too few. On
         random tokens a trained model's logits are wild and its bfloat16 rounding many times what it is on text.
-    dtype: the coarser precision of trainer and sampler ("float32", "bfloat16" or "float16").
+    dtype: the coarser precision of trainer and sampler ("float32", "bfloat16", "float16" or "float8").
     length: below the sampler's max_model_len, and more than two blocks of its prefix cache (16 or 32 tokens).
     """
-    tolerances = {"float32": (2e-3, 0.5), "bfloat16": (0.05, 8.0), "float16": (0.05, 8.0)}
+    tolerances = {"float32": (2e-3, 0.5), "bfloat16": (0.05, 8.0), "float16": (0.05, 8.0), "float8": (0.25, 8.0)}
     if dtype not in tolerances:
         raise ValueError(f"dtype={dtype!r}: tolerances are known for {', '.join(tolerances)}")
     if text:

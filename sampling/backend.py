@@ -33,6 +33,7 @@ def make_sampler(
     process: bool = False,
     time_limit: float = 600.0,
     record_experts: bool = False,
+    fp8: bool = False,
 ) -> Sampler:
     """A sampler for the architecture of `model` (without adapters); "auto" is vLLM where it is installed.
 
@@ -42,6 +43,7 @@ def make_sampler(
     process: run it in a child process (a `ProcessSampler`), which can hang or crash and be started again.
     time_limit: seconds one call of that child may take.
     record_experts: it must be able to say which experts each token was sent to; vLLM can on CUDA only.
+    fp8: the native sampler's linear layers compute in FP8.
     """
     if backend == "auto":
         installed = importlib.util.find_spec("vllm") is not None
@@ -55,8 +57,8 @@ def make_sampler(
         if not process:
             from sampling.native import NativeSampler
 
-            return NativeSampler(model)
-        make = functools.partial(_native, type(model), model.config, dtype=model.dtype, device=model.device)
+            return NativeSampler(model, fp8=fp8)
+        make = functools.partial(_native, type(model), model.config, dtype=model.dtype, device=model.device, fp8=fp8)
         return ProcessSampler(make, time_limit=time_limit)
     if processes > 1:
         raise UserError(
@@ -73,12 +75,12 @@ def make_sampler(
 
 
 def _native(
-    kind: type[PreTrainedModel], config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device
+    kind: type[PreTrainedModel], config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device, fp8: bool
 ) -> Sampler:
     """Our sampler from an architecture alone, in the process it is to work in."""
     from sampling.native import NativeSampler
 
-    return NativeSampler(kind._from_config(config, dtype=dtype).to(device))
+    return NativeSampler(kind._from_config(config, dtype=dtype).to(device), fp8=fp8)
 
 
 def _vllm(config: PretrainedConfig, **options: Any) -> Sampler:

@@ -2,14 +2,14 @@
 
 DeepSeek-V3 takes the latent-cache `GroupDecoder`; other transformers models their own key-value cache. A group's
 prompt is prefilled once, finished rows leave the batch, and what a row samples depends on its seed alone: not on
-which rows it is batched with. Needs no vLLM.
+which rows it is batched with. A V3 with an MTP layer can draft with it (speculate.py). Needs no vLLM.
 """
 
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.decode import GroupDecoder
+from deepseek_v3.fp8.linear import use_fp8
 from deepseek_v3.routing import has_routers, recorded
+from runtime.models import mtp_layer
 from runtime.packed import score_sequences
 from runtime.weights import checkpoint_views
 from sampling.attest import WeightsMismatch, fingerprint
+from sampling.draws import Rows, row_uniforms, sample_tokens
 from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights
+from sampling.speculate import decode_speculatively
 
 # Rows decoded together. Larger batches gain nothing on a CPU and cost memory.
 MAX_ROWS = 512
@@ -37,24 +41,18 @@ class Decoder(Protocol):
     def keep(self, live_B: Tensor) -> None: ...
 
 
-class Rows(NamedTuple):
-    """What a decoder sampled."""
-
-    ids_BT: Tensor
-    logprobs_BT: Tensor
-    lengths_B: Tensor
-    """Sampled tokens of each row."""
-    fed_S: Tensor
-    """The row of every token fed to the decoder after the prompts, step after step."""
-
-
 class NativeSampler:
     """Samples from its own copy of `model`; `load` writes the trainer's weights into that copy."""
 
-    def __init__(self, model: PreTrainedModel, *, max_rows: int = MAX_ROWS) -> None:
-        """`model` gives the architecture and the first weights; it is copied, never shared. It keeps its dtype."""
+    def __init__(self, model: PreTrainedModel, *, max_rows: int = MAX_ROWS, fp8: bool = False) -> None:
+        """`model` gives the architecture and the first weights; it is copied, never shared. It keeps its dtype.
+
+        fp8: the linear layers of a DeepSeek-V3 compute in FP8; weights are held in their dtype all the same.
+        """
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        if fp8:
+            use_fp8(self.model, "forward")
+        self.dtype = "float8" if fp8 else str(self.model.dtype).removeprefix("torch.")
         self.max_rows = max_rows
         self.version = -1
         self._views = checkpoint_views(self.model)
@@ -97,6 +95,8 @@ class NativeSampler:
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
         config = self.model.config
+        if params.speculate and mtp_layer(self.model) is None:
+            raise ValueError("speculate=True: the model has no MTP layer to draft with; use False")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty")
@@ -113,7 +113,10 @@ class NativeSampler:
     ) -> list[list[Completion]]:
         record = params.record_experts and has_routers(self.model)
         with recorded(self.model) if record else nullcontext() as choices:
-            rows = self._decode(prompts, params, seeds)
+            if params.speculate:
+                rows = decode_speculatively(self.model, prompts, params, seeds)
+            else:
+                rows = self._decode(prompts, params, seeds)
         experts: list[np.ndarray] | None = None
         if choices is not None:
             lengths, fed = rows.lengths_B.tolist(), rows.fed_S.cpu().numpy()
@@ -160,6 +163,7 @@ class NativeSampler:
                 finish_reason="stop" if ids[length - 1] in stops else "length",
                 version=self.version,
                 experts=None if experts is None else experts[row],
+                drafts=None if rows.drafts_B2 is None else tuple(rows.drafts_B2[row].tolist()),
             )
             for row, (ids, logprobs, length) in enumerate(
                 zip(rows.ids_BT.tolist(), rows.logprobs_BT.tolist(), rows.lengths_B.tolist(), strict=True)
@@ -228,8 +232,8 @@ def experts_by_row(
     n: int,
 ) -> list[np.ndarray]:
     """Experts as a decoder met them, all prompts and then step by step its live rows -> (prompt + length − 1, L, K) for
-    each row, n rows per prompt. fed_S: the row of each token after the prompts. A row may stay in the batch after
-    its last token; what it was fed then is left out."""
+    each row, n rows per prompt. fed_S: the row of each token after the prompts, −1: of none. A row may stay in the
+    batch after its last token; what it was fed then is left out."""
     chosen_TLK = np.ascontiguousarray(chosen_LTK.transpose(1, 0, 2))
     *starts, end = accumulate(map(len, prompts), initial=0)
     shared = np.split(chosen_TLK[:end], starts[1:])
@@ -240,31 +244,3 @@ def experts_by_row(
         np.concatenate([shared[row // n], grown_SLK[first : first + length - 1]])
         for row, (first, length) in enumerate(zip(first_B, lengths, strict=True))
     ]
-
-
-def row_uniforms(seeds: Sequence[int], n: int, max_tokens: int) -> Tensor:
-    """One uniform draw per row and step, (len(seeds)·n, max_tokens) fp64: sample i of a group is a pure function
-    of the group's seed, i and the step, whatever else is in the batch."""
-    draws = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        draws.append(torch.rand(n, max_tokens, generator=generator, dtype=torch.float64))
-    return torch.cat(draws)
-
-
-def sample_tokens(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the cumulative distribution at a uniform draw, and its log-prob (fp32).
-
-    temperature 0 takes the likeliest token and reports its log-prob at temperature 1.
-    """
-    logits_BV = logits_BV.float() / (temperature if temperature > 0 else 1.0)
-    largest_B1 = logits_BV.amax(-1, keepdim=True)
-    # fp64 sums: in fp32 the tail of a large vocabulary would round away.
-    cdf_BV = (logits_BV - largest_B1).exp_().cumsum(-1, dtype=torch.float64)
-    if temperature == 0:
-        ids_B1 = logits_BV.argmax(-1, keepdim=True)
-    else:
-        ids_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
-        ids_B1.clamp_(max=logits_BV.shape[-1] - 1)
-    logprobs_B1 = logits_BV.gather(-1, ids_B1) - largest_B1 - cdf_BV[:, -1:].log()
-    return ids_B1[:, 0], logprobs_B1[:, 0].float()

@@ -37,6 +37,8 @@ class SamplingParams:
     """A completion ends with (and includes) the first of these it samples."""
     record_experts: bool = False
     """Return which experts each token was sent to; a model without routers of ours has none to return."""
+    speculate: bool = False
+    """Let the MTP layer of a V3 draft every other token: another way to sample from the same distribution."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -61,6 +63,8 @@ class Completion:
     """Version of the weights that sampled it."""
     experts: np.ndarray | None = field(default=None, compare=False, repr=False)  # arrays have no plain ==
     """int16 (prompt + ids − 1, MoE layers, K): the experts of every token fed to the model, if recorded."""
+    drafts: tuple[int, int] | None = field(default=None, compare=False)
+    """How many of its tokens were drafted, and how many drafts were accepted; None: nothing drafted for it."""
 
 
 class Sampler(Protocol):
@@ -69,7 +73,7 @@ class Sampler(Protocol):
     version: int
     """Version of the weights now held; -1 before the first load and after a failed one."""
     dtype: str
-    """What it computes in: "float32", "bfloat16" or "float16"."""
+    """What it computes in: "float32", "bfloat16" or "float16", or "float8" where its linear layers do."""
 
     def load(self, weights: Weights, *, version: int) -> Fingerprints:
         """Take these weights and return fingerprints of what is now held, by checkpoint name.

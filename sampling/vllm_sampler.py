@@ -128,6 +128,8 @@ class VLLMSampler:
             raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature={params.temperature}: vLLM would raise it to 0.01; use that, or 0 (greedy)")
+        if params.speculate:
+            raise ValueError("speculate=True: only our own sampler drafts; use sampling.backend=native")
         if params.record_experts and not self.record_experts:
             raise ValueError("record_experts=True: this engine can't; make it by VLLMSampler(..., record_experts=True)")
         self._check(prompts, room=params.max_tokens, what="prompt")

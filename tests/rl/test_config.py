@@ -26,6 +26,7 @@ from runtime.errors import UserError
         (lambda: SamplingConfig(temperature=float("nan")), r"sampling\.temperature=nan"),
         (lambda: SamplingConfig(max_tokens=0), r"sampling\.max_tokens=0: must be positive"),
         (lambda: SamplingConfig(max_prompt_tokens=0), r"sampling\.max_prompt_tokens=0: must be positive"),
+        (lambda: SamplingConfig(speculate=True), r"sampling\.speculate=True: .*sampling\.backend=auto; use native"),
         (lambda: LossConfig(epsilon=0), r"loss\.epsilon=0: .*must be positive"),
         (lambda: LossConfig(beta=-0.1), r"loss\.beta=-0\.1: .*can't be negative"),
         (lambda: LossConfig(reference_every=-1), r"loss\.reference_every=-1: steps, 0 for never"),
@@ -65,6 +66,7 @@ from runtime.errors import UserError
             lambda: GRPOConfig(lora=LoraConfig(), loss=LossConfig(beta=0.1, reference_every=400)),
             r"loss\.reference_every=400: under LoRA .*use 0",
         ),
+        (lambda: GRPOConfig(fp8="forward"), r"fp8=forward: .*sampling\.backend=auto; use native"),
         (lambda: GRPOConfig(resume=True), r"resume=True: name the run to continue with run_dir"),
     ],
 )

@@ -20,8 +20,9 @@ from deepseek_v3.routing import recorded, replayed, set_flips
 from runtime.packed import pack, packed_hidden, packed_logprobs
 from runtime.weights import checkpoint_tensors
 from sampling.attest import SyncReport, WeightsMismatch, make_canary, sync
+from sampling.draws import row_uniforms, sample_tokens
 from sampling.fingerprint import fingerprint
-from sampling.native import NativeSampler, row_uniforms, sample_tokens
+from sampling.native import NativeSampler
 from sampling.protocol import SamplingParams
 from sampling.vllm_sampler import VLLMSampler, moe_experts
 
