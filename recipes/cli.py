@@ -66,37 +66,14 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, *, prog: str
     Like argparse, ends the process: with 0 after --help and --print_config, with 2 and one line on a mistake.
     """
     try:
-        return _parse(config_class, sys.argv[1:] if argv is None else argv, prog, description)
+        return read(config_class, sys.argv[1:] if argv is None else argv, prog=prog, description=description)
     except UserError as error:
         print(f"{prog}: error: {error}\n(--help explains every setting)", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested plain values (dict, list, str, int, float, bool, None), ready for YAML."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """One setting as somebody gave it."""
-
-    name: str  # dotted
-    value: Any
-    where: str  # a file, or "flag --name"
-
-
-def _parse(config_class: type[T], argv: Sequence[str], prog: str, description: str) -> T:
+def read(config_class: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
+    """As `parse`, but a mistake is a UserError."""
     known = _settings(config_class)
     switches, files, flags = _split(argv, known)
     given = [g for file in files for g in _flatten(_read_yaml(file), "", known, file)]
@@ -122,6 +99,30 @@ def _parse(config_class: type[T], argv: Sequence[str], prog: str, description: s
     except ArgumentError as error:
         _explain(error, given, known)
     return _build(config_class, tree, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain values (dict, list, str, int, float, bool, None), ready for YAML."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """One setting as somebody gave it."""
+
+    name: str  # dotted
+    value: Any
+    where: str  # a file, or "flag --name"
 
 
 def _help(parser: ArgumentParser, config_class: type) -> str:

@@ -1,0 +1,1 @@
+"""The settings of a recipe -> its plan, and a plan -> a page."""
