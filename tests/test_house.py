@@ -25,17 +25,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"runtime", "deepseek_v3"},
     "rewards": set(),
     "sft": {"sampling", "rewards", "runtime", "deepseek_v3"},
+    "distill": {"sampling", "rewards", "runtime", "deepseek_v3"},
     "rl": {"sampling", "rewards", "runtime", "deepseek_v3"},
-    "recipes": {"sft", "rl", "sampling", "rewards", "runtime", "deepseek_v3"},
+    "recipes": {"sft", "distill", "rl", "sampling", "rewards", "runtime", "deepseek_v3"},
 }
 # file (or folder, with a slash) -> modules it may import beyond that: one chat template serves all training
-EXCEPTIONS = {"rl/": {"sft.chat"}, "rewards/model_based/": {"sft.chat"}}
+EXCEPTIONS = {"rl/": {"sft.chat"}, "distill/": {"sft.chat"}, "rewards/model_based/": {"sft.chat"}}
 # third party -> the only places that may import it
 ONLY_IN = {
     "vllm": ("sampling/",),
     "triton": ("deepseek_v3/fp8/kernels.py",),
     "trl": ("recipes/reward_model.py",),
     "jsonargparse": ("recipes/cli.py",),
+    "ray": ("distill/ray.py",),
 }
 # rewards start on any CPU at once: the standard library, sympy in its worker, cloudpickle between parent and worker
 REWARDS_THIRD_PARTY: dict[str, tuple[str, ...]] = {
@@ -153,7 +155,7 @@ def test_rewards_need_only_the_standard_library_and_sympy() -> None:
 
 def test_every_library_is_declared() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = [*PROJECT["project"]["dependencies"], *extras["track"]]
+    declared = [*PROJECT["project"]["dependencies"], *extras["track"], *extras["ray"]]
     names = {re.split(r"[\[<>=; ]", requirement)[0].lower() for requirement in declared}
     known = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names} | COMES_WITH_VLLM
     used = {top(module) for path in SOURCES for module in imports(path)}
