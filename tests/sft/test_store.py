@@ -334,7 +334,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     began = time.monotonic()
     while not (value := condition()):
         assert time.monotonic() - began < seconds
