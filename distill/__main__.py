@@ -1,4 +1,4 @@
-"""`python -m distill trace ROW --run RUN`: what a run has written, looked into.
+"""`python -m distill trace ROW --run RUN`: what a run has written, looked into; `review QUEUE`: people judge answers.
 
 Exit codes: 0 done, 2 bad input, 130 after Ctrl-C. Each command's own module is imported only when it is asked for.
 """
@@ -10,21 +10,22 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
+REVIEW = {"review": "review", "export": "export", "import": "import_"}
+"""Commands that people's decisions are made and moved by -> functions of distill/review/commands.py."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = _parser().parse_args(arguments)
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     try:
-        from distill.ledger import Ledger
-        from distill.trace import trace
+        if command in REVIEW:
+            from distill.review import commands
 
-        with Ledger(Path(args.run) / "ledger.sqlite", read_only=True) as ledger:
-            encoding = sys.stdout.encoding or "ascii"
-            for line in trace(ledger, args.row):
-                print(line.encode(encoding, "backslashreplace").decode(encoding))
-        return 0
+            code: int = getattr(commands, REVIEW[command])(rest[:-1])
+            return code
+        return trace(_parser().parse_args([command, *rest][:-1]))
     except UserError as error:
-        print(f"python -m distill {args.command}: error: {error}", file=sys.stderr)
+        print(f"python -m distill {command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -33,9 +34,30 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
 
 
+def trace(args: argparse.Namespace) -> int:
+    """Print a row's life."""
+    from distill.ledger import Ledger
+    from distill.trace import trace
+
+    with Ledger(Path(args.run) / "ledger.sqlite", read_only=True) as ledger:
+        encoding = sys.stdout.encoding or "ascii"
+        for line in trace(ledger, args.row):
+            print(line.encode(encoding, "backslashreplace").decode(encoding))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m distill", description="Look into a distillation run.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="trace")
+    parser = argparse.ArgumentParser(
+        prog="python -m distill", description="Look into a distillation run, or have people review answers."
+    )
+    names = "trace | review | export | import"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    for name, says in {
+        "review": "a local page on which people accept, edit and reject answers",
+        "export": "answers and decisions, for Argilla, Label Studio or SFT",
+        "import": "decisions made in Argilla or Label Studio",
+    }.items():
+        commands.add_parser(name, help=says, add_help=False)
     row = commands.add_parser(
         "trace",
         help="the life of one row: problem, teacher, parameters, seed, verdict, filters, choice, review",

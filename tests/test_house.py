@@ -155,7 +155,7 @@ def test_rewards_need_only_the_standard_library_and_sympy() -> None:
 
 def test_every_library_is_declared() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    declared = [*PROJECT["project"]["dependencies"], *extras["track"], *extras["ray"]]
+    declared = [*PROJECT["project"]["dependencies"], *extras["track"], *extras["ray"], *extras["review"]]
     names = {re.split(r"[\[<>=; ]", requirement)[0].lower() for requirement in declared}
     known = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names} | COMES_WITH_VLLM
     used = {top(module) for path in SOURCES for module in imports(path)}
