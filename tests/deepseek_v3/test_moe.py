@@ -144,6 +144,16 @@ def test_outputs_and_gradients_are_the_sums_by_hand(config, way, load: str) -> N
         assert (got[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), name
 
 
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("rows", [1, 50])
+def test_experts_one_a_block_or_several_give_the_same_bits(config, monkeypatch, rows: int, load: str) -> None:
+    experts = seeded(Experts(config), 0.1)
+    together = outputs_and_gradients(one_by_one, experts, LOADS[load])
+    monkeypatch.setattr("deepseek_v3.moe._BLOCK_ROWS", rows)
+    apart = outputs_and_gradients(one_by_one, experts, LOADS[load])
+    assert all(torch.equal(apart[name], tensor) for name, tensor in together.items())
+
+
 def test_no_token_at_all_has_gradients_of_zero(config) -> None:
     """A rank of an expert-parallel group may get none."""
     got = outputs_and_gradients(one_by_one, seeded(Experts(config)), LOADS["no token"])
