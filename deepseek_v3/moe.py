@@ -175,17 +175,17 @@ def _blocks(counts: list[int]) -> list[tuple[slice, list[int]]]:
 
 
 def _products(x_sI: Tensor, weights: Sequence[Tensor], counts: list[int], *, exact: bool = False) -> Tensor:
-    """x W_e of each expert's rows, W_e (I, O)."""
-    parts = [_rows_times(x, weight, exact) for x, weight in zip(x_sI.split(counts), weights, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """x W_e of each expert's rows, W_e (I, O).
 
-
-def _rows_times(x_sI: Tensor, weight_IO: Tensor, exact: bool) -> Tensor:
-    """x W. CPU libraries add up products of a few rows in another order than of many: to be exact, few are padded."""
-    rows = len(x_sI)
-    if not exact or rows == 0 or rows >= _MIN_ROWS:
-        return torch.mm(x_sI, weight_IO)
-    return torch.mm(F.pad(x_sI, (0, 0, 0, _MIN_ROWS - rows)), weight_IO)[:rows]
+    exact: CPU libraries add up products of a few rows in another order than of many, so few are padded.
+    """
+    out_sO = x_sI.new_empty(len(x_sI), weights[0].shape[1])
+    for x, weight, out in zip(x_sI.split(counts), weights, out_sO.split(counts), strict=True):
+        if exact and 0 < len(x) < _MIN_ROWS:
+            out.copy_(torch.mm(F.pad(x, (0, 0, 0, _MIN_ROWS - len(x))), weight)[: len(x)])
+        else:
+            torch.mm(x, weight, out=out)
+    return out_sO
 
 
 def _outer_products(a_sO: Tensor, b_sI: Tensor, counts: list[int], *, out: Tensor) -> None:

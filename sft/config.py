@@ -88,8 +88,11 @@ class SFTConfig:
     too_long: Literal["reject", "truncate"] = "reject"
     """Examples longer than a row: "reject" sets them aside and counts them; "truncate" cuts off the answer and its end,
     and so teaches never to finish."""
+    unreviewed: Literal["reject", "keep"] = "reject"
+    """Rows whose column `reviewed` is false, which wait for people (python -m distill review): "reject" sets them aside
+    and counts them; "keep" trains on them all the same."""
     max_bad_fraction: float = 0.1
-    """Stop where more than this share of a source's examples can't be used."""
+    """Stop where more than this share of a source's examples can't be used; unreviewed ones don't count."""
     train_turns: Literal["all", "last"] = "all"
     """Of a conversation, train every assistant turn or the last one."""
     seed: int = 0

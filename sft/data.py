@@ -68,7 +68,12 @@ def load_data(
 
 def _open(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     folder = Path(config.token_cache) if config.token_cache else cache_dir() / "tokens"
-    settings = Settings(max_length=config.row_length, train_turns=config.train_turns, too_long=config.too_long)
+    settings = Settings(
+        max_length=config.row_length,
+        train_turns=config.train_turns,
+        too_long=config.too_long,
+        unreviewed=config.unreviewed,
+    )
 
     def store(*sources: SourceConfig) -> Store:
         return build_store(

@@ -92,7 +92,7 @@ def first_examples(
 ) -> list[Example]:
     """Those of the first `count` rows of a source that can be used; UserError if none can."""
     rows = dict(islice(Source(source.path, max_examples=source.max_examples), count))
-    anything = Settings(max_length=2**31 - 1, train_turns=train_turns)
+    anything = Settings(max_length=2**31 - 1, train_turns=train_turns, unreviewed="keep")
     _, data = encode_chunk(tokenizer, (0, list(rows.items())), anything)
     batch = pa.ipc.open_file(data).get_batch(0)
     examples = []

@@ -46,6 +46,8 @@ class Settings:
     too_long: Literal["reject", "truncate"] = "reject"
     """Longer samples: "reject" sets them aside, "truncate" cuts them, which takes from a reasoning trace its answer and
     the end token and so teaches never to finish."""
+    unreviewed: Literal["reject", "keep"] = "reject"
+    """Rows whose column `reviewed` is false: "reject" sets them aside."""
 
     def __post_init__(self) -> None:
         require(self.max_length >= 2, f"max_length={self.max_length}: a sample has a prompt and a target: at least 2")
@@ -110,7 +112,7 @@ def _samples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[object], setting
     conversations: dict[Turns, dict[int, list[dict[str, Any]]]] = {"all": {}, "last": {}}
     for i, row in enumerate(rows):
         try:
-            example = conversation(row)
+            example = conversation(row, unreviewed=settings.unreviewed)
         except BadRow as bad:
             samples[i] = _Bad(bad.reason)
             continue

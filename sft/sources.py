@@ -25,6 +25,8 @@ ASIDE = ("reasoning_content", "reasoning", "thinking")
 """Where some APIs put the reasoning, which no template here would show."""
 DIRECT_SHARE = 0.7
 """Of the built-in stories' demonstrations, those that jump to the answer."""
+UNREVIEWED = "not reviewed yet"
+"""The reason for a row that waits for people."""
 BLOCK = 1 << 22
 
 
@@ -96,12 +98,17 @@ class Source:
         return f"{self.kind} {digest.hexdigest()} {self.max_examples}"
 
 
-def conversation(row: object) -> Conversation | Text:
-    """What a raw row teaches; BadRow, with a reason from a small set, if nothing can be made of it."""
+def conversation(row: object, *, unreviewed: Literal["reject", "keep"] = "keep") -> Conversation | Text:
+    """What a raw row teaches; BadRow, with a reason from a small set, if nothing can be made of it.
+
+    unreviewed: "reject" does so with a row whose column `reviewed` is false.
+    """
     if isinstance(row, bytes):
         row = parse(row)
     if not isinstance(row, dict):
         raise BadRow(f"not an object but {kind(row)}")
+    if row.get("reviewed") is False and unreviewed == "reject":
+        raise BadRow(UNREVIEWED, malformed=False)
     if row.get("tools") not in (None, [], "", "[]"):
         raise BadRow("a list of tools, which isn't rendered: write it into the system prompt")
     has = {key for key, value in row.items() if value is not None}

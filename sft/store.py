@@ -52,7 +52,7 @@ from sft.shards import (
     read_index,
     shard_number,
 )
-from sft.sources import Source
+from sft.sources import UNREVIEWED, Source
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ class _Builder:
                 if tracker.live_view or now - shown > PLAIN_SECONDS:
                     shown = now
                     tracker.update(samples + rejects.total(), {"tokens_per_second": new / (now - began)})
-                if rejects.total() > self.max_bad_fraction * total:
+                if _bad(rejects) > self.max_bad_fraction * total:
                     break  # whatever follows: too many, and what was done is kept
             else:
                 total = samples + rejects.total()  # blank lines were counted too
@@ -316,12 +316,17 @@ class _Builder:
                     file.write(json.dumps(row) + "\n")
 
     def _refuse_bad(self, rejects: Mapping[str, int], rows: int) -> None:
-        bad = sum(rejects.values())
+        bad, unreviewed = _bad(rejects), rejects.get(UNREVIEWED, 0)
         if not rows:
             raise UserError(f"source {self.source.name!r}: holds no rows")
-        if bad <= self.max_bad_fraction * rows and bad < rows:
+        if bad <= self.max_bad_fraction * rows and bad + unreviewed < rows:
             return
-        common = Counter(rejects).most_common(3)
+        if bad <= self.max_bad_fraction * rows and unreviewed:
+            raise UserError(
+                f"source {self.source.name!r}: {unreviewed} of {rows} rows wait for review, and none is left; have "
+                "them read with python -m distill review, or train on them as they are with unreviewed=keep"
+            )
+        common = Counter({reason: n for reason, n in rejects.items() if reason != UNREVIEWED}).most_common(3)
         with self.rejects_file.open(encoding="ascii") as file:
             example = next(row for row in map(json.loads, file) if row["reason"] == common[0][0])
         allowed = f", more than max_bad_fraction={self.max_bad_fraction:g} allows" if bad < rows else ""
@@ -427,6 +432,11 @@ def answer_chunks(pipe: int) -> None:
             except Exception:
                 answer = traceback.format_exc()
             connection.send(answer)
+
+
+def _bad(rejects: Mapping[str, int]) -> int:
+    """Rows that something is wrong with."""
+    return sum(rejects.values()) - rejects.get(UNREVIEWED, 0)
 
 
 def _hash(value: object) -> str:

@@ -21,7 +21,6 @@ from runtime.files import fsync, make_folder, write_all, writing
 logger = logging.getLogger(__name__)
 
 Action: TypeAlias = Literal["accept", "edit", "reject", "undo"]
-ACTIONS = ("accept", "edit", "reject", "undo")
 CRC = b', "crc": "'
 
 

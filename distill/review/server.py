@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 import jinja2
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
@@ -27,6 +28,8 @@ from runtime.progress import visible
 ADDRESS = "127.0.0.1"
 LARGEST_BODY = 8_000_000
 """Bytes of a request: the longest edit, each of its characters written as an escape."""
+KEPT = "\n\t\u200c\u200d"
+"""Shown as they are: layout, and what joins letters of some scripts and parts of emoji."""
 SAID = {"accept": "accepted", "edit": "edited", "reject": "rejected", "undo": "undone"}
 
 
@@ -80,6 +83,12 @@ def make_app(review: Review, *, port: int, token: str, reviewers: Sequence[str] 
     @app.exception_handler(UserError)
     def bad_request(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": str(error)}, status_code=400)
+
+    @app.exception_handler(RequestValidationError)
+    def no_submission(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        wrong = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors())
+        return JSONResponse({"error": wrong}, status_code=422)
 
     @app.exception_handler(DiskError)
     def no_disk(request: Request, error: Exception) -> Response:
@@ -191,7 +200,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = lambda text: visible(text, keep="\n\t")
+    environment.filters["visible"] = lambda text: visible(text, keep=KEPT)
     return environment.get_template("page.html.jinja")
 
 

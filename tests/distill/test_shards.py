@@ -164,6 +164,21 @@ def test_the_card_is_a_datasets_and_shows_no_markup_of_others(tmp_path: Path) ->
     assert "`a'\\|<img onerror=x>\\x1b[31m\\u202e`" in card and "\x1b" not in card and "\u202e" not in card
 
 
+def test_an_answer_that_came_with_its_problem_says_nothing_of_the_teacher(tmp_path: Path) -> None:
+    problem = Problem(id="p", position=0, domain="math", prompt=[{"role": "user", "content": "?"}], response="1")
+    sample = Sample(
+        problem=0, kind="original", index=0, text="1", tokens=1, finish_reason="stop", seed=0, teacher="source"
+    )  # fmt: skip
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.begin({"keep": 1, "policy": "first", "benchmarks": [], "ngram": 10}, [problem], [])
+        ledger.add_teacher(Teacher(id="source", model="source", weights_hash=None, settings={}))
+        ledger.add_samples([sample])
+        ledger.add_findings({sample.key: Finding(outcome="right", reason="rule", answer="1")})
+        ledger.add_choices({sample.key: Choice(kept=True, reason="kept")})
+    _, (row,) = exported(tmp_path)
+    assert (row["verdict"], row["pass_rate"], row["weights_hash"]) == ("right", None, None)
+
+
 def test_problems_keep_their_columns(tmp_path: Path) -> None:
     exported(tmp_path)
     first, second, third = load_rows(str(tmp_path / "shards/problems.jsonl"))

@@ -88,6 +88,7 @@ def test_a_launched_layout_comes_with_the_recipes_command(gpus: int) -> None:
     _, (plan,) = plans(["--config", SHARDED, "--model", "20m", "--gpus", str(gpus), "--rows_per_pass", "2"])
     start = {1: "python", 8: "torchrun --nproc-per-node 8", 16: "torchrun --nnodes 2 --nproc-per-node 8 --rdzv"}[gpus]
     assert plan.layout.launched
+    assert not any("fits" in note for note in plan.notes)
     assert plan.commands[-1].startswith(start)
     assert plan.commands[-1].endswith(f"-m recipes.sft --config {SHARDED} --rows_per_pass 2 --model CHECKPOINT")
 
@@ -98,6 +99,14 @@ def test_many_processes_of_grpo_hold_whole_copies_and_sample_themselves() -> Non
     assert plan.commands[-1].endswith("-m recipes.grpo --sampling.backend native --model CHECKPOINT")
     names = {line.name: line.bytes for line in plan.lines}
     assert names["sampler weights"]["backward"] == 4 * plan.census.total
+
+
+def test_updates_that_move_more_than_they_compute_take_that_long() -> None:
+    """Two groups a rank, in one pass: weights gathered twice in bf16, fp32 gradients reduced."""
+    arguments = "--recipe grpo --model 16b --gpus 8 --precision bf16".split()
+    _, (plan,) = plans(arguments)
+    updating = next(fact.value for fact in plan.facts if fact.name == "updating")
+    assert updating == pytest.approx(8 * plan.census.total / 450e9)
 
 
 def test_a_reference_is_there_only_with_a_kl_penalty() -> None:
@@ -131,12 +140,12 @@ def test_hours_are_flops_at_the_stated_share(precision: str, peak: float) -> Non
     assert facts["compute"] == pytest.approx(2e9 * (4 * blocks + 3 * 2 * head), rel=1e-3)
 
 
-def test_a_pass_that_moves_more_than_it_computes_takes_that_long() -> None:
-    """16B parameters gathered twice in fp32 and reduced once, between nodes an eighth of it by each GPU."""
-    plan = as_json("--config", SHARDED, "--model", "16b", "--gpus", "64")["sft"]
-    passes, parameters = 2, plan["parameters"]["total"]
-    assert plan["facts"]["step time"]["value"] == pytest.approx(passes * 12 * parameters / 8 / 50e9)
-    assert "computing, at the same time, is 0.635 s" in plan["facts"]["step time"]["how"]
+@pytest.mark.parametrize(("gpus", "passes", "speed"), [(8, 16, 450e9), (64, 2, 8 * 50e9)])
+def test_a_pass_that_moves_more_than_it_computes_takes_that_long(gpus: int, passes: int, speed: float) -> None:
+    """16B parameters gathered twice in fp32 and reduced once; between nodes a GPU moves an eighth of its node's."""
+    plan = as_json("--config", SHARDED, "--model", "16b", "--gpus", str(gpus))["sft"]
+    assert plan["facts"]["step time"]["value"] == pytest.approx(passes * 12 * plan["parameters"]["total"] / speed)
+    assert "computing, at the same time, is" in plan["facts"]["step time"]["how"]
 
 
 def test_a_checkpoints_config_is_read(tmp_path: Path) -> None:
@@ -221,15 +230,17 @@ def test_compute_of_grpo_is_what_torch_counts(minibatches: int, tmp_path: Path) 
 CASES = (
     benchmark.Case(recipe="sft", preset="tiny", tokens=TOKENS, document=128),
     benchmark.Case(recipe="sft", preset="tiny", tokens=TOKENS, document=128, passes=2, bf16=True, checkpointing=True),
+    benchmark.Case(recipe="sft", preset="tiny", tokens=128, document=64, bf16=True),
     benchmark.Case(recipe="grpo", preset="tiny", tokens=TOKENS),
 )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_tiny_models_memory_is_as_planned(case: benchmark.Case, tmp_path: Path) -> None:
+    """10 % are promised; no more than 3, so that what is a small part of them can't go missing."""
     measure = benchmark.of_sft if case.recipe == "sft" else benchmark.of_grpo
     for what, planned, measured in benchmark.compare(case, measure(make_checkpoint(tmp_path / "model", "tiny"), case)):
-        assert planned == pytest.approx(measured, rel=0.1), what
+        assert planned == pytest.approx(measured, rel=0.03), what
 
 
 def test_the_tiny_samplers_memory_is_as_planned() -> None:

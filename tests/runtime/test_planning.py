@@ -9,7 +9,7 @@ from deepseek_v3 import PRESETS, DeepseekV3ForCausalLM, preset
 from deepseek_v3.decode import GroupDecoder
 from runtime.adapters import add_adapters
 from runtime.errors import UserError
-from runtime.planning.activations import Kernels
+from runtime.planning.activations import Kernels, block_keeps
 from runtime.planning.census import block_flops, count, head_flops, latent_values, native_values
 from runtime.planning.cost import decoding
 from runtime.planning.layout import Layout, choose, gpu
@@ -85,6 +85,12 @@ def test_a_frozen_mtp_layer_has_weights_alone() -> None:
     )
     assert mtp["weights"] > plain["weights"]
     assert (mtp["optimizer"], mtp["gradients"]) == (plain["optimizer"], plain["gradients"])
+
+
+def test_a_cpu_fills_heads_up_to_one_size() -> None:
+    """16 heads, 192 values of query and key, 128 of value and output; the output is kept without filling, too."""
+    cpu, cuda = (block_keeps(preset("16b"), Kernels(bf16=False, cuda=cuda), dense=True) for cuda in (False, True))
+    assert cpu - cuda == 4 * 16 * ((4 * 192 + 128) - (2 * 192 + 2 * 128))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,5 +1,6 @@
 """The store: what encoding makes, made once, whole after any kill, with every row that couldn't be used on file."""
 
+import dataclasses
 import io
 import json
 import os
@@ -20,8 +21,11 @@ import sft.chat
 import sft.shards
 import sft.store
 from recipes.tiny import make_tokenizer
+from runtime.distributed import World
 from runtime.errors import UserError
 from sft.chat import ASSISTANT, USER, encode_conversation, encode_example
+from sft.config import SFTConfig
+from sft.data import load_data
 from sft.mix import SourceConfig
 from sft.shards import Settings, encode_chunk, write_shard
 from sft.store import SourceReport, Store, build_store, tokenizer_hash
@@ -177,6 +181,32 @@ def test_a_longer_sample_is_set_aside_or_loses_its_end(write, build, tokenizer) 
     assert contents(store)[20] == (ids[:200], trained[:200])
 
 
+def test_rows_that_wait_for_people_are_set_aside_unless_asked_for(write, build, tokenizer) -> None:
+    waiting = [{**row, "reviewed": False} for row in TALKS[:8]]
+    done = [{**TALKS[8], "reviewed": True}, {**TALKS[9], "reviewed": None}, *TALKS[10:15]]
+    path = write(*waiting, *done)  # more than half: they don't count as bad
+    store = build(path)
+    assert store.sources[0].summary().endswith("; 8 set aside: not reviewed yet")
+    wants = [encode_conversation(tokenizer, row["messages"]) for row in TALKS[:15]]
+    assert contents(store) == wants[8:]
+    assert contents(build(path, unreviewed="keep")) == wants
+    with pytest.raises(UserError, match=r"8 of 8 rows wait for review, and none is left; .*distill review.*keep"):
+        build(write(*waiting, name="waiting.jsonl"))
+    with pytest.raises(UserError, match=r"2 of 17 rows can't be used, more than.*: 2 × broken JSON\. The first"):
+        build(write(*waiting, *TALKS[:6], b"{", b"{", name="broken.jsonl"))
+
+
+def test_a_run_trains_on_what_was_reviewed_even_if_it_comes_late(write, tokenizer, tmp_path: Path) -> None:
+    waiting = [{**TALKS[0], "reviewed": False}] * 70  # more than are checked before a run
+    config = SFTConfig(
+        mix=(write(*waiting, {**TALKS[1], "reviewed": True}),), token_cache=str(tmp_path), row_length=200, workers=1
+    )
+    data = load_data(config, tokenizer, World())
+    assert contents(data.train) == [encode_conversation(tokenizer, TALKS[1]["messages"])]
+    keep = dataclasses.replace(config, unreviewed="keep")
+    assert len(load_data(keep, tokenizer, World()).train) == 71
+
+
 def test_what_a_template_refuses_is_a_bad_row_and_its_words_are_shown(write, build) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
@@ -225,7 +255,9 @@ def test_another_tokenizer_or_template_makes_another_store(write, build, change)
     assert build.encoded == list(range(7))
 
 
-@pytest.mark.parametrize("options", [dict(max_length=100), dict(train_turns="last"), dict(too_long="truncate")])
+@pytest.mark.parametrize(
+    "options", [dict(max_length=100), dict(train_turns="last"), dict(too_long="truncate"), dict(unreviewed="keep")]
+)
 def test_other_settings_make_another_store(write, build, options) -> None:
     build(write(*TALKS))
     build(write(*TALKS), **options)
