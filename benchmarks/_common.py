@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from deepseek_v3 import DeepseekV3ForCausalLM, preset
+from runtime.environment import keep_freed_memory
 
 STD = 0.08
 """Of the random weights: at the usual 0.02 every next token is about as likely and faults would hide (parity gates)."""
@@ -94,6 +95,7 @@ class Contestant:
 
 def _serve(pipe: Any, threads: int, main: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as our recipes do; peers gain by it, too
     main(Turns(pipe), *args)
 
 

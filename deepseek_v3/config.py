@@ -26,16 +26,16 @@ def yarn(*, factor: float, original: int, theta: float = 10000.0) -> dict[str, A
     }
 
 
-def context(length: int, *, factor: float = 40.0, original: int = 4096) -> dict[str, Any]:
+def context(length: int, *, factor: float = 40.0, original: int = 4096, theta: float = 10000.0) -> dict[str, Any]:
     """Fields of a config for samples of up to `length` tokens, when positions up to `original` were pre-trained.
 
-    For `preset(name, **fields)`, and to extend a checkpoint: `from_pretrained(folder, **fields)`; no weight changes.
+    For `preset(name, **fields)`; for a checkpoint see `extended`.
     Up to `original`, RoPE is left alone. Beyond it V3 extends in two phases of 1,000 steps, to 32,768 and to 131,072
     (arXiv 2412.19437, 4.3), with the same YaRN in both; they differ in the length of samples. ValueError beyond
     factor × original.
     """
     if length <= original:
-        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        rope = {"rope_type": "default", "rope_theta": theta}
         return {"max_position_embeddings": original, "rope_parameters": rope}
     reach = round(factor * original)
     if length > reach:
@@ -43,7 +43,19 @@ def context(length: int, *, factor: float = 40.0, original: int = 4096) -> dict[
             f"context: length={length} is beyond factor × original = {factor:g} × {original} = {reach}; "
             f"use factor={math.ceil(length / original)} or more"
         )
-    return {"max_position_embeddings": reach, "rope_parameters": yarn(factor=factor, original=original)}
+    return {"max_position_embeddings": reach, "rope_parameters": yarn(factor=factor, original=original, theta=theta)}
+
+
+def extended(config: DeepseekV3Config, length: int) -> dict[str, Any]:
+    """`context` for a model that is already there: `from_pretrained(folder, **fields)`; no weight changes.
+
+    Its positions were pre-trained as its RoPE says. Its own YaRN stays where that reaches far enough, so going on from
+    32,768 to 131,072 computes the same at every position; a model without is given V3's factor 40, or what it takes.
+    """
+    rope = config.rope_parameters
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = max(float(rope.get("factor", 40.0)), math.ceil(length / original))
+    return context(length, factor=factor, original=original, theta=rope["rope_theta"])
 
 
 # What all sizes share. transformers drops the two method names when it saves its own models; vLLM needs them.

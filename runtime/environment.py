@@ -1,13 +1,16 @@
-"""An environment variable for a while: what some libraries read at every call, and take no argument for."""
+"""What is set for a process, or for a while: environment variables, and what the C library does with freed memory."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while."""
+    """Set an environment variable for a while: for libraries that read it at every call, and take no argument."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -17,3 +20,16 @@ def environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for this process's next use; elsewhere nothing happens.
+
+    By default it goes back to the system whenever a pass ends, and the next pass waits for 20,000 to 40,000 page
+    faults (presets 5m and 20m, 4,096 tokens; then under 1,500). The peak stays what it was. A step of the 5m preset
+    took 9 % less, of 20m, whose products take longer, no less.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc's limit

@@ -23,15 +23,25 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.config import extended
 from runtime.errors import UserError
 from runtime.packed import plain_model  # which also registers the "packed" attention
 
 log = logging.getLogger(__name__)
 
 
-def load_causal_lm(path: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
-    """Load weights and definition. Raises `UserError` naming the path when there is no checkpoint."""
+def load_causal_lm(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, context: int | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load weights and definition. Raises `UserError` naming the path when there is no checkpoint.
+
+    context: tokens a DeepSeek-V3 is extended to, as `deepseek_v3.config.extended` does.
+    """
     config = _from_path(AutoConfig.from_pretrained, path)
+    if context is not None:
+        if config.model_type != "deepseek_v3":
+            raise UserError(f"context={context}: only for a DeepSeek-V3, and model={str(path)!r} is {config.model_type}")
+        kwargs |= extended(config, context)
     if config.model_type == "deepseek_v3":
         load = DeepseekV3ForCausalLM.from_pretrained
         model, info = _from_path(load, path, dtype=dtype, output_loading_info=True, **kwargs)

@@ -81,6 +81,9 @@ class SFTConfig:
     """Passes over the mix."""
     row_length: int = 4096
     """Tokens of a packed row, and most tokens of an example."""
+    context: int | None = None
+    """Extend a DeepSeek-V3 to samples of so many tokens, by YaRN from the positions it was pre-trained on; unset: as
+    config.json says. The checkpoint keeps it."""
     rows_per_step: int = 16
     """Rows of an optimizer step, over all processes."""
     rows_per_pass: int = 1
@@ -136,6 +139,10 @@ class SFTConfig:
         for name in ("epochs", "rows_per_step", "rows_per_pass"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1")
         require(self.row_length >= 2, f"row_length={self.row_length}: a row must hold a prompt token and a target")
+        require(
+            self.context is None or self.context >= self.row_length,
+            f"context={self.context}: less than row_length={self.row_length}; a sample may be as long as a row",
+        )
         require(self.bias_update_speed >= 0, f"bias_update_speed={self.bias_update_speed}: use 0 for off")
         require(self.balance_loss >= 0, f"balance_loss={self.balance_loss}: use 0 for off")
         require(self.mtp_loss >= 0, f"mtp_loss={self.mtp_loss}: use 0 for off")

@@ -89,7 +89,7 @@ def train(config: SFTConfig, *, named_models: Mapping[str, Callable[[], Path]] |
         interrupt = stack.enter_context(Interrupt())
         watchdog = stack.enter_context(Watchdog(folder.path, config.checkpoint.watchdog if world.is_main else 0))
         adapters = checkpoint / ADAPTER if checkpoint is not None and config.lora is not None else None
-        trainee = Trainee(load_causal_lm(model), tokenizer, config, world, adapters=adapters)
+        trainee = Trainee(load_causal_lm(model, context=config.context), tokenizer, config, world, adapters=adapters)
         run = Run(config, world, folder, trainee, data, interrupt, watchdog, checkpoint=checkpoint)
         stack.callback(run.close)
         return run.train()

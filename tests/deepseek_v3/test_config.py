@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deepseek_v3
-from deepseek_v3.config import context
+from deepseek_v3.config import context, extended
 from deepseek_v3.rope import inverse_frequencies, softmax_scale, yarn_ramp
 
 
@@ -77,3 +77,14 @@ def test_a_context_beyond_reach_names_the_factor_that_reaches_it():
     ):
         context(163_841)
     assert context(163_841, factor=41)["max_position_embeddings"] == 41 * 4096
+
+
+def test_a_model_is_extended_by_its_own_yarn_or_by_v3s() -> None:
+    before = deepseek_v3.preset("671b", **context(4096))
+    to_32k = deepseek_v3.preset("671b", **extended(before, 32_768))
+    assert extended(before, 32_768) == context(32_768) and extended(to_32k, 131_072) == context(131_072)
+    tiny = deepseek_v3.preset("tiny")  # 1,024 × 4
+    assert extended(tiny, 4096)["rope_parameters"] == tiny.rope_parameters
+    assert extended(tiny, 8193) == context(8193, factor=9, original=1024)
+    other = deepseek_v3.preset("tiny", **context(8192, original=1024, factor=8, theta=5e5))
+    assert extended(other, 9000)["rope_parameters"]["rope_theta"] == 5e5

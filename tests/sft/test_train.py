@@ -481,3 +481,16 @@ def test_a_mix_of_weights_is_trained_too(go, data):
     result = go(mix=mix, evaluation=QUIET, checkpoint=FINAL_ONLY)
     assert losses(result)[-1] < losses(result)[0]
     assert "weight 1" in (result.run_dir / "checkpoints/final/README.md").read_text()
+
+
+def test_a_longer_context_is_kept_by_the_checkpoint(go, v3, llama):
+    """V3's own YaRN reaches 4,096 here, from 1,024 pre-trained."""
+    before = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(v3).config.rope_parameters
+    result = go(context=8192, checkpoint=FINAL_ONLY)
+    config = load_causal_lm(result.run_dir / "checkpoints/final").config
+    assert config.max_position_embeddings == 8192
+    assert config.rope_parameters == before | {"factor": 8.0}
+    within = go(context=3000, checkpoint=FINAL_ONLY)
+    assert load_causal_lm(within.run_dir / "checkpoints/final").config.rope_parameters == before
+    with pytest.raises(UserError, match="context=8192: only for a DeepSeek-V3, and model=.* is llama"):
+        go(model=str(llama), context=8192)

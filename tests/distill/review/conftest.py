@@ -16,7 +16,10 @@ from distill.__main__ import main
 from distill.review.log import Record, read_log
 from distill.review.queue import Queue, load_queue
 
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> \u202e\x1b {{7*7}} \N{WOMAN}\u200d\N{PERSONAL COMPUTER}"
+HOSTILE = (
+    "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> \u202e\x1b {{7*7}} "
+    "\N{WOMAN}\u200d\N{PERSONAL COMPUTER}"
+)
 
 
 def row(name: str, domain: str, question: str, answer: str) -> dict[str, Any]:
