@@ -37,11 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
 def trace(args: argparse.Namespace) -> int:
     """Print a row's life."""
     from distill.ledger import Ledger
+    from distill.shards import decisions_of
     from distill.trace import trace
 
-    with Ledger(Path(args.run) / "ledger.sqlite", read_only=True) as ledger:
+    run_dir = Path(args.run)
+    with Ledger(run_dir / "ledger.sqlite", read_only=True) as ledger:
         encoding = sys.stdout.encoding or "ascii"
-        for line in trace(ledger, args.row):
+        for line in trace(ledger, args.row, decisions=decisions_of(run_dir)):
             print(line.encode(encoding, "backslashreplace").decode(encoding))
     return 0
 

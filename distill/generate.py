@@ -16,14 +16,14 @@ from distill.ledger import Ledger
 from distill.problems import load_problems
 from distill.ray import RayRun
 from distill.run import Run
-from distill.shards import Export, export
+from distill.shards import Export, export_run
 from distill.teacher import Models
 from runtime.errors import UserError
 from runtime.interrupt import Interrupt
 from runtime.metrics import MetricsLog
 from runtime.run_folder import open_run
 
-LEDGER, SHARDS = "ledger.sqlite", "shards"
+LEDGER = "ledger.sqlite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def generate(config: DistillConfig, *, named_models: Models | None = None) -> Re
         run.run()
         if run.left:
             return Result(run_dir=run_dir, export=None, left=len(run.left), exit_code=interrupt.exit_code)
-        exported = export(ledger, run_dir / SHARDS, rows_per_shard=config.rows_per_shard)
+        exported = export_run(ledger, run_dir, rows_per_shard=config.rows_per_shard)
         return Result(run_dir=run_dir, export=exported, left=0, exit_code=0)
 
 

@@ -1,4 +1,5 @@
-"""A ledger in; Parquet shards for SFT, the problems with their pass rates for GRPO, a manifest and a card, out.
+"""A ledger in; Parquet shards for SFT, the problems with their pass rates for GRPO, a manifest, a card, and what people
+are to judge, out.
 
 What is written is a function of the ledger and of people's decisions alone, in the order of the problems, without times
 and paths: a run that was killed and one that wasn't leave the same bytes. The manifest comes last; without it the rest
@@ -19,6 +20,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from distill.ledger import Ledger, Row
+from distill.review.decisions import load_decisions
+from distill.review.queue import QUEUE
 from distill.teacher import conversation
 from distill.types import Decision, row_name
 from runtime.failpoints import failpoint
@@ -26,6 +29,7 @@ from runtime.files import make_folder, replacing, write_durably, writing
 from runtime.progress import visible
 
 MANIFEST, CARD, PROBLEMS = "manifest.json", "README.md", "problems.jsonl"
+SHARDS = "shards"
 CHUNK = 1000
 """Problems held at a time."""
 SCHEMA = pa.schema(
@@ -87,6 +91,25 @@ class _Counts:
     verdicts: Counter[str] = field(default_factory=Counter)
     choices: Counter[str] = field(default_factory=Counter)
     pass_rates: dict[int, float] = field(default_factory=dict)
+
+
+def export_run(ledger: Ledger, run_dir: Path, *, rows_per_shard: int = 50_000) -> Export:
+    """Write a run's queue for people, and its shards with what they have decided by now. Raises DiskError."""
+    queue = run_dir / QUEUE
+    waiting = 0
+    with replacing(queue) as aside, aside.open("w", encoding="utf-8") as file:
+        for row in _written(ledger, {}, _Counts()):
+            if row["reviewed"] is not None:
+                waiting += 1
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if not waiting:
+        queue.unlink()
+    return export(ledger, run_dir / SHARDS, rows_per_shard=rows_per_shard, decisions=decisions_of(run_dir))
+
+
+def decisions_of(run_dir: Path) -> dict[str, Decision]:
+    """What people say of a run's rows, by the row's name."""
+    return load_decisions(run_dir / QUEUE) if (run_dir / QUEUE).exists() else {}
 
 
 def export(

@@ -3,7 +3,8 @@
 With no arguments the built-in tiny DeepSeek-V3 (made if missing) answers the built-in stories, four times each. It ends
 with what became of all answers and where the shards are: `python -m recipes.sft --mix SHARDS/data-00000.parquet` learns
 from them, `python -m recipes.grpo --data SHARDS/problems.jsonl --curriculum.reward accuracy` from the pass rates, and
-`python -m distill trace ROW --run RUN` prints a row's life.
+`python -m distill trace ROW --run RUN` prints a row's life. Where people are to judge an expert's answers (`review`),
+`python -m distill review RUN` shows them, and the same command with --resume writes the shards with what was decided.
 """
 
 import sys
@@ -35,6 +36,14 @@ def show(result: Result, console: Console) -> None:
         console.print(yield_table(result.export))
         for reason, count in result.export.aside.items():
             console.print(Text(f"{count:,} rows set aside: {visible(reason, keep='')}"))
+        if waiting := sum(part.waiting for part in result.export.table):
+            console.print(
+                Text(
+                    f"waiting for people  {waiting:,} rows: python -m distill review {result.run_dir}, then the same "
+                    "command with --resume"
+                ),
+                soft_wrap=True,
+            )
         console.print(
             Text(f"shards              {result.export.folder}  ({result.export.rows:,} rows)"), soft_wrap=True
         )

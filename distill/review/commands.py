@@ -129,7 +129,11 @@ def import_(arguments: list[str]) -> int:
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m distill {command}", description=description)
-    parser.add_argument("queue", metavar="QUEUE", help="JSON lines or Parquet with id, messages and domain")
+    parser.add_argument(
+        "queue",
+        metavar="QUEUE",
+        help="a distillation run's folder, or JSON lines or Parquet with id, messages and domain",
+    )
     return parser
 
 

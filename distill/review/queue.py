@@ -16,6 +16,9 @@ from runtime.errors import UserError
 from runtime.progress import visible
 from runtime.rows import BadRow, Reject, excerpt, kind, kind_of, parse, read_raw
 
+QUEUE = "review.jsonl"
+"""Its name in the folder of a distillation run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
@@ -65,10 +68,12 @@ class Queue:
 
 
 def load_queue(source: str | Path) -> Queue:
-    """Read a queue. Raises UserError where the file can't be read or holds nothing to judge."""
+    """Read a queue, or that of a run's folder. Raises UserError where it can't be read or holds nothing to judge."""
     path = Path(source).expanduser()
+    if (path / QUEUE).exists():
+        path /= QUEUE
     if kind_of(str(path)) not in ("lines", "parquet"):
-        raise UserError(f"queue {str(source)!r}: give a file of JSON lines or Parquet")
+        raise UserError(f"queue {str(source)!r}: give a file of JSON lines or Parquet, or a run that has a {QUEUE}")
     items: list[Item] = []
     aside: list[Reject] = []
     seen: set[str] = set()

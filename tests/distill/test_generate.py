@@ -9,12 +9,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from distill.__main__ import main
 from distill.config import DistillConfig, ExpertConfig
 from distill.generate import generate
 from distill.ledger import Ledger
 from distill.problems import ProblemsConfig
+from distill.review.decisions import Review
+from distill.review.log import Log
+from distill.review.queue import load_queue
 from runtime.errors import UserError
 from runtime.metrics import read_metrics
 from runtime.rows import load_rows
@@ -27,6 +32,10 @@ def rows(run_dir: Path) -> list[Any]:
 
 def manifest(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "shards/manifest.json").read_text())  # type: ignore[no-any-return]
+
+
+def shards(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted((run_dir / "shards").glob("data-*")) for row in pq.read_table(file).to_pylist()]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,30 @@ def test_reasons_are_counted_and_add_up(done: Path) -> None:
     assert lines[0] == {"step": 0, "problems": 10, "set_aside": 1}
     assert [line["step"] for line in lines[1:]] == [3, 6, 7, 10]
     assert 0 < lines[1]["rewards/math/mean"] < 1 and lines[-1]["unknown"] == 1 and lines[1]["rows_per_second"] > 0
+
+
+def test_what_people_decide_is_in_the_shards_and_in_the_trace(
+    done: Path, config: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The queue is whole whatever was decided, so that nothing is judged twice."""
+    run_dir = shutil.copytree(done, tmp_path / "run")
+    queue = load_queue(run_dir)
+    waiting = {row["id"] for row in shards(run_dir) if row["reviewed"] is False}
+    assert waiting == set(queue.by_id) and len(waiting) >= 2
+    first, second, *others = queue.items
+    with Log(queue.log_path) as log:
+        review = Review(queue, log)
+        review.decide(first, "edit", reviewer="ana", text="Rain falls.")
+        review.decide(second, "reject", reviewer="raj")
+    result = generate(dataclasses.replace(config, run_dir=str(run_dir), resume=True))
+    assert result.export is not None and sum(part.waiting for part in result.export.table) == len(others)
+    talk = {row["id"]: row for row in shards(run_dir) if row["domain"] == "talk"}
+    assert talk.keys() == waiting - {second.id}
+    assert (talk[first.id]["reviewed"], talk[first.id]["reviewer"]) == (True, "ana")
+    assert talk[first.id]["messages"][-1]["content"] == "Rain falls."
+    assert load_queue(run_dir).by_id.keys() == waiting
+    assert main(["trace", second.id, "--run", str(run_dir)]) == 0
+    assert "review        rejected by raj\n" in capsys.readouterr().out
 
 
 def test_pass_rates_are_those_of_the_sampled_reasoning_and_grpo_reads_them(done: Path) -> None:
