@@ -41,6 +41,8 @@ class ExpertConfig:
     """Sampler in this process; "auto" is vLLM where it is installed."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """What vLLM computes in; the native sampler does in bfloat16 if that is asked for, else float32."""
+    fp8: bool = False
+    """A DeepSeek-V3 in the native sampler: its linear layers and experts compute in FP8."""
     endpoint: str | None = None
     """Base URL of an OpenAI-compatible server instead, such as http://127.0.0.1:8000/v1. HTTPS, unless it is this
     machine."""
@@ -81,6 +83,10 @@ class ExpertConfig:
         require(self.temperature >= 0, f"temperature={self.temperature}: use 0 (greedy) or a positive number")
         require(self.time_limit > 0, f"time_limit={self.time_limit}: give a positive number of seconds")
         require(bool(self.grader), 'grader: give "math", "code", "none" or a reward function\'s name')
+        require(
+            not self.fp8 or (self.backend == "native" and self.endpoint is None),
+            f"fp8=True: only our own sampler computes so, not {self.endpoint or self.backend}; set backend to native",
+        )
         require(self.reasoning or self.original != "none", "reasoning=False, original='none': nothing is asked for")
         if self.endpoint is not None:
             self.client()  # its own checks

@@ -94,6 +94,8 @@ class SamplerTeacher:
         model = load_causal_lm(path, dtype=torch.bfloat16 if expert.dtype == "bfloat16" else torch.float32)
         if expert.backend == "native" and torch.cuda.is_available():
             model = model.to("cuda")
+        if expert.fp8 and model.config.model_type != "deepseek_v3":
+            raise UserError(f"experts ({expert.name}).fp8=True: {expert.model!r} is no DeepSeek-V3; leave it out")
         positions = model.config.max_position_embeddings
         self.longest = min(expert.max_prompt_tokens, positions - expert.max_tokens)
         if self.longest < 1:
@@ -108,7 +110,12 @@ class SamplerTeacher:
             stop_token_ids=tuple(end_token_ids(path, self.tokenizer)),
         )
         self.sampler = make_sampler(
-            model, backend=expert.backend, dtype=expert.dtype, max_model_len=self.longest + expert.max_tokens, seed=seed
+            model,
+            backend=expert.backend,
+            dtype=expert.dtype,
+            max_model_len=self.longest + expert.max_tokens,
+            seed=seed,
+            fp8=expert.fp8,
         )
         text = [i for problem in problems[:16] for i in self._ids(problem, "reasoning")]
         report = sync(

@@ -253,6 +253,7 @@ def test_the_key_is_written_nowhere(
     ("settings", "message"),
     [
         (dict(samples=0), "samples=0"),
+        (dict(fp8=True), "fp8=True: .* not auto; set backend to native"),
         (dict(reasoning=False, original="none"), "nothing is asked for"),
         (dict(endpoint="http://example.com/v1"), "plain http"),
         (dict(temperature=-1.0), "temperature=-1"),

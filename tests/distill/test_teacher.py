@@ -1,5 +1,6 @@
 """Teachers: a sampler's answers are its seeds', an endpoint's faults are answers that say why there is none."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deepseek_v3.fp8.linear import Fp8Linear
 from distill.config import SYSTEM, ExpertConfig
 from distill.teacher import EndpointTeacher, Request, SamplerTeacher, conversation, open_teacher
 from distill.types import Problem, Sample
@@ -81,6 +83,16 @@ def test_weights_are_known_by_their_hash(sampler, teacher, tmp_path) -> None:
     named = {str(teacher): lambda: tmp_path}
     changed = open_teacher(sampler.expert, seed=0, problems=[problem()], named_models=named)
     assert changed.record.weights_hash != sampler.record.weights_hash and changed.record.id != sampler.record.id
+
+
+def test_a_teacher_in_fp8_is_another_one_whose_layers_compute_so(sampler) -> None:
+    opened = open_teacher(dataclasses.replace(sampler.expert, fp8=True), seed=0, problems=[problem()])
+    assert isinstance(opened, SamplerTeacher)
+    assert any(isinstance(module, Fp8Linear) for module in opened.sampler.model.modules())
+    assert opened.record.id != sampler.record.id
+    assert opened.record.settings["sampler"] == "NativeSampler float8"
+    assert len(ask(opened, requests(range(2), n=3))) == 6
+    opened.close()
 
 
 def test_no_room_for_a_prompt_is_refused(teacher) -> None:
