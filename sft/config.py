@@ -102,6 +102,9 @@ class SFTConfig:
     """Decides data order, and with "tiny" the first weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" computes forward and backward in bfloat16; weights and optimizer stay fp32."""
+    fp8: bool = False
+    """A DeepSeek-V3's linear layers and experts compute in FP8 in the forward pass, as V3 was trained; gradients, weights
+    and the rest as `precision` says."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third slower, a fraction of the memory."""
     compile: bool = False
@@ -149,6 +152,7 @@ class SFTConfig:
         require(
             not (self.lora and self.mtp_loss), f"mtp_loss={self.mtp_loss}: no adapters in the MTP layer; set it to 0"
         )
+        require(not (self.fp8 and self.compile), "fp8=True with compile: its kernels aren't compiled; turn one off")
         require(not (self.lora and self.optim.muon), "optim.muon: adapters are trained by AdamW; set it to false")
         require(
             not (self.balance_loss and self.gradient_checkpointing),

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.fp8.linear import use_fp8
 from runtime.adapters import add_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
@@ -47,6 +49,10 @@ class Trainee(nn.Module):
                 f"{model.config.vocab_size}: this is another model's tokenizer, or the embeddings were not resized"
             )
         model = model.to(world.device)
+        if config.fp8:
+            if not isinstance(model, DeepseekV3ForCausalLM):
+                raise UserError(f"fp8=True: model={config.model!r} is no DeepSeek-V3; leave it out")
+            use_fp8(model, "train")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()

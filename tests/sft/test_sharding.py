@@ -197,3 +197,9 @@ def test_launchers_start_it(commands, one, launcher, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out accuracy") == 1
     assert_same(one, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_sharded_in_fp8_it_is_the_same(run):
+    flags = ("--fp8=true", "--evaluation.every=0")
+    assert_same_weights(run(*flags, processes=1), run(*flags, processes=2), limit=1e-3)

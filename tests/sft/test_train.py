@@ -147,6 +147,16 @@ def test_bf16_computes_otherwise_and_keeps_fp32_weights(finished, go):
     assert all(tensor.dtype == torch.float32 for tensor in weights(result).values())
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": LoraConfig(rank=2)}], ids=["all", "lora"])
+def test_fp8_computes_otherwise_and_keeps_fp32_weights(finished, go, llama, v3, changes):
+    result, plain = go(fp8=True, checkpoint=FINAL_ONLY, **changes), go(**changes) if changes else finished
+    assert losses(result) != losses(plain) and losses(result) == pytest.approx(losses(plain), rel=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(result).values())
+    assert weights(result).keys() == load_file(v3 / "model.safetensors").keys()
+    with pytest.raises(UserError, match="fp8=True: .*no DeepSeek-V3"):
+        go(model=str(llama), fp8=True)
+
+
 def test_any_causal_lm_is_trained(go, llama):
     result = go(model=str(llama), checkpoint=FINAL_ONLY)
     assert losses(result)[-1] < losses(result)[0]
