@@ -103,8 +103,8 @@ class SFTConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" computes forward and backward in bfloat16; weights and optimizer stay fp32."""
     fp8: bool = False
-    """A DeepSeek-V3's linear layers and experts compute in FP8 in the forward pass, as V3 was trained; gradients, weights
-    and the rest as `precision` says."""
+    """A DeepSeek-V3's linear layers and experts compute in FP8 in the forward pass, as in V3's own training; gradients,
+    weights and the rest as `precision` says."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third slower, a fraction of the memory."""
     compile: bool = False

@@ -153,7 +153,7 @@ def test_fp8_computes_otherwise_and_keeps_fp32_weights(finished, go, llama, v3, 
     assert losses(result) != losses(plain) and losses(result) == pytest.approx(losses(plain), rel=0.05)
     assert all(tensor.dtype == torch.float32 for tensor in weights(result).values())
     assert weights(result).keys() == load_file(v3 / "model.safetensors").keys()
-    with pytest.raises(UserError, match="fp8=True: .*no DeepSeek-V3"):
+    with pytest.raises(UserError, match=r"fp8=True: .*no DeepSeek-V3"):
         go(model=str(llama), fp8=True)
 
 
@@ -502,5 +502,5 @@ def test_a_longer_context_is_kept_by_the_checkpoint(go, v3, llama):
     assert config.rope_parameters == before | {"factor": 8.0}
     within = go(context=3000, checkpoint=FINAL_ONLY)
     assert load_causal_lm(within.run_dir / "checkpoints/final").config.rope_parameters == before
-    with pytest.raises(UserError, match="context=8192: only for a DeepSeek-V3, and model=.* is llama"):
+    with pytest.raises(UserError, match=r"context=8192: only for a DeepSeek-V3, and model=.* is llama"):
         go(model=str(llama), context=8192)
