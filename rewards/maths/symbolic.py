@@ -1,8 +1,9 @@
 """Two trees in, whether sympy proves them equal out: the parent's side of rewards/maths/symbolic_worker.py.
 
-Sympy runs only in child processes with a memory limit. One that misses a deadline is killed, reaped and replaced,
-so a call always returns; it blocks, from any thread, and a forked child gets workers of its own. Left out: what
-undecided means for a verdict, numeric points, caching (rewards/maths/grade.py).
+Sympy runs only in child processes with limits of memory and of their own CPU time, so that no verdict depends on what
+else the machine does. One that reaches a limit, or hangs, is reaped and replaced, so a call always returns; it blocks,
+from any thread, and a forked child gets workers of its own. Left out: what undecided means for a verdict, numeric
+points, caching (rewards/maths/grade.py).
 """
 
 import atexit
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +28,10 @@ START_LIMIT = 60.0
 """Seconds a worker may take to import sympy (0.5 s on an idle machine); they don't count in a call's time."""
 
 QUEUE_LIMIT = 60.0
-"""Seconds a call waits for a worker while all are busy; not counted either: a verdict must not depend on load."""
+"""Seconds a call waits for a worker while all are busy; not counted either."""
+
+HANG_LIMIT = 60.0
+"""Seconds by the clock after which a worker that hasn't answered is given up: it gets no CPU, or is stopped."""
 
 CALLS_PER_WORKER = 2000
 """A worker is replaced after this many, so that what sympy keeps can't grow without end."""
@@ -45,11 +50,16 @@ class Decision:
     reason: str
     """Equal: `exact` (no variables), `real` (for all real values), `positive` (only shown for positive variables:
     sqrt(1/n) = 1/sqrt(n)). Not equal: `nonzero`. None: `undecided`, `time-limit`, `memory-limit`, `too-large`,
-    `busy`, or `worker-died`."""
+    `worker-died`; and where it was not asked, or never answered, `busy` and `hung`."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether it was sympy that could not tell."""
+        return self.reason not in ("busy", "hung")
 
 
 def equal(left: Node, right: Node, *, time_limit: float = 1.0) -> Decision:
-    """Whether two values are equal wherever both are defined, decided within `time_limit` seconds or not at all.
+    """Whether two values are equal wherever both are defined, decided within `time_limit` seconds of CPU or not at all.
 
     Raises ValueError for a tree that is no value, RuntimeError where sympy's process can't be started at all.
     """
@@ -61,7 +71,7 @@ def equal(left: Node, right: Node, *, time_limit: float = 1.0) -> Decision:
         request = json.dumps([to_json(left), to_json(right), time_limit]).encode() + b"\n"
     except (RecursionError, ValueError):  # depth; integers beyond sys.get_int_max_str_digits
         return Decision(None, "too-large")
-    return _pool.ask(request, time_limit)
+    return _pool.ask(request)
 
 
 def start(workers: int = 1) -> None:
@@ -109,10 +119,10 @@ class _Pool:
         finally:
             self._idle.put(worker)
 
-    def ask(self, request: bytes, time_limit: float) -> Decision:
+    def ask(self, request: bytes) -> Decision:
         try:
             with self._worker() as worker:
-                return worker.ask(request, time_limit)
+                return worker.ask(request)
         except queue.Empty:
             return Decision(None, "busy")
 
@@ -129,6 +139,14 @@ class _Pool:
             worker.kill()
 
 
+class _Ended(Exception):
+    """A child is no more, or has closed its end."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
 class _Worker:
     """One child, used by one thread at a time; only `kill` may come from another one."""
 
@@ -142,8 +160,8 @@ class _Worker:
         self._ready = False
         self._calls = 0
 
-    def ask(self, request: bytes, time_limit: float) -> Decision:
-        """The answer to one request; a child that has none in `time_limit` seconds is replaced."""
+    def ask(self, request: bytes) -> Decision:
+        """The answer to one request; a child that has none when its time is up is replaced."""
         try:
             self.launch()
             self.wait()
@@ -153,10 +171,14 @@ class _Worker:
             return Decision(None, "worker-died")
         self._calls += 1
         try:
-            equal, reason = json.loads(self._exchange(request, time_limit))
+            equal, reason = json.loads(self._exchange(request, HANG_LIMIT))
         except TimeoutError:
+            return Decision(None, "hung")
+        except _Ended as ended:
+            if ended.code != -signal.SIGPROF:  # its timer, which counts CPU time
+                return Decision(None, "worker-died")
             equal, reason = None, "time-limit"
-        except (OSError, EOFError):
+        except OSError:
             return Decision(None, "worker-died")
         if reason == "memory-limit" or self._calls >= CALLS_PER_WORKER:
             self.kill()
@@ -193,7 +215,7 @@ class _Worker:
             return
         try:
             self._exchange(b"", START_LIMIT)
-        except (OSError, EOFError) as error:
+        except (OSError, _Ended) as error:
             why = f"not ready in {START_LIMIT:g} s" if isinstance(error, TimeoutError) else str(error)
             raise RuntimeError(
                 f"sympy's worker can't start ({why}): see what `{sys.executable} -P -c 'import sympy'` says"
@@ -222,7 +244,7 @@ class _Worker:
         wire, deadline = self._wire, time.monotonic() + limit
         try:
             if wire is None:
-                raise EOFError("closed")
+                raise _Ended(None)
             wire.settimeout(limit)
             wire.sendall(request)
             reply = b""
@@ -230,7 +252,7 @@ class _Worker:
                 wire.settimeout(max(deadline - time.monotonic(), 1e-6))
                 part = wire.recv(1 << 16)
                 if not part:
-                    raise EOFError(f"exit code {self.kill()}")
+                    raise _Ended(self.kill())
                 reply += part
             return reply
         except BaseException:

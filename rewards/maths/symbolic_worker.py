@@ -11,9 +11,9 @@ import json
 import os
 import resource
 import select
+import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 from typing import Any
@@ -102,22 +102,17 @@ def _lines(wire: socket.socket, parent: int) -> Iterator[bytes]:
             buffer.clear()
 
 
-def _limit_cpu(seconds: float) -> None:
-    """Die soon after the deadline even if the parent is no longer there to kill."""
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    soft = int(time.process_time() + seconds) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
 def _answer(line: bytes) -> tuple[bool | None, str]:
     try:
         left, right, seconds = json.loads(line)
-        _limit_cpu(seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, wherever it is, parent or not
         return decide(left, right)
     except MemoryError:
         return None, "memory-limit"
     except Exception:  # sympy may raise anything on input nobody thought of
         return None, "undecided"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def decide(left: Any, right: Any) -> tuple[bool | None, str]:

@@ -12,7 +12,7 @@ from rewards.maths.tree import Constant, Function, Node, Number, Power, Product,
 
 EXPRESSIONS = Number | Constant | Variable | Sum | Product | Power | Function
 TIME_LIMIT = 0.7
-"""Seconds for sympy, so that with everything around it no verdict takes one."""
+"""Seconds of CPU for sympy, so that with everything around it no verdict takes one on an idle core."""
 MINUS_ONE = Number(Fraction(-1))
 
 
@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
 
 def values(left: Node, right: Node) -> Finding:
-    """Whether two expressions have the same value wherever both have one."""
+    """Whether two expressions have the same value wherever both have one. RuntimeError where sympy can't be asked."""
     if left == right:
         return Finding(True, "structural")
     infinite = [_infinite(node) for node in (left, right)]
@@ -48,18 +48,26 @@ def values(left: Node, right: Node) -> Finding:
         return Finding(False, "kind")
     different = numeric.differ(left, right)
     if different is None and not costly and _endless(left, right) and _for_sympy(left) and _for_sympy(right):
-        return Finding(symbolic.equal(left, right, time_limit=TIME_LIMIT).equal is True, "symbolic")
+        return Finding(_proved(left, right).equal is True, "symbolic")
     if different is None:
         return Finding(False, "too-costly" if costly else "structural")
     if different:
         return Finding(False, "numeric")
     if not (_for_sympy(left) and _for_sympy(right)):
         return Finding(numeric.is_analytic(left) and numeric.is_analytic(right), "numeric")
-    decision = symbolic.equal(left, right, time_limit=TIME_LIMIT)
+    decision = _proved(left, right)
     if not (numeric.is_analytic(left) and numeric.is_analytic(right)):
         return Finding(decision.equal is True and decision.reason != "positive", "symbolic")
     # Sixty digits agreed at every point that was tried. Only a proof of the contrary outweighs that.
     return Finding(decision.equal is not False, "symbolic" if decision.equal is not None else "numeric")
+
+
+def _proved(left: Node, right: Node) -> symbolic.Decision:
+    """What sympy says; RuntimeError where it could not be asked, for then nobody can say."""
+    decision = symbolic.equal(left, right, time_limit=TIME_LIMIT)
+    if not decision.asked:
+        raise RuntimeError(f"sympy gave no answer: {decision.reason}")
+    return decision
 
 
 def _infinite(node: Node) -> int:

@@ -14,6 +14,7 @@ ALLOWED = {
     ("runtime/run_folder.py", "datetime.now"),
     ("distill/generate.py", "datetime.now"),
     ("distill/review/decisions.py", "datetime.now"),
+    ("recipes/r1.py", "datetime.now"),
     ("rewards/sandbox/hostile.py", "time.time_ns"),
 }
 

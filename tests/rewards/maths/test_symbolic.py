@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from rewards.maths import symbolic
+from rewards.maths.grade import grade_math
 from rewards.maths.symbolic import Decision
 from rewards.maths.tree import (
     Collection,
@@ -489,6 +490,32 @@ def test_waiting_for_a_worker_costs_no_time_of_the_call(one_worker: None) -> Non
         time.sleep(0.2)
         assert ask(TRUE, time_limit=0.5).equal is True
         assert first.result() == Decision(None, "time-limit")
+
+
+def test_a_verdict_does_not_depend_on_load(one_worker: None) -> None:
+    """A worker that gets no CPU for longer than its limit decides all the same; the limit is of its own time."""
+    symbolic.start()
+    (pid,) = pids()
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(1.5, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    assert grade_math("2", r"\sum_{k=0}^{\infty} \frac{1}{2^k} + 0 \cdot 7").reason == "equal/symbolic"
+    timer.join()
+    assert pids() == [pid]
+
+
+def test_a_worker_that_does_not_answer_leaves_the_verdict_unknown(
+    one_worker: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of it is remembered."""
+    series = r"\sum_{k=0}^{\infty} \frac{1}{2^k} + 0 \cdot 8"
+    symbolic.start()
+    monkeypatch.setattr(symbolic, "HANG_LIMIT", 0.3)
+    os.kill(pids()[0], signal.SIGSTOP)
+    verdict = grade_math("2", series)
+    assert (verdict.outcome, verdict.reason) == ("unknown", "grader-fault")
+    monkeypatch.undo()
+    assert grade_math("2", series).outcome == "right"
 
 
 def test_nothing_is_left_after_close(fresh: None) -> None:
