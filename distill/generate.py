@@ -21,6 +21,7 @@ from distill.teacher import Models
 from runtime.errors import UserError
 from runtime.interrupt import Interrupt
 from runtime.metrics import MetricsLog
+from runtime.report import write_report
 from runtime.run_folder import open_run
 
 LEDGER = "ledger.sqlite"
@@ -62,8 +63,10 @@ def generate(config: DistillConfig, *, named_models: Models | None = None) -> Re
         stack.callback(run.close)
         run.run()
         if run.left:
+            write_report(run_dir, defaults=DistillConfig())
             return Result(run_dir=run_dir, export=None, left=len(run.left), exit_code=interrupt.exit_code)
         exported = export_run(ledger, run_dir, rows_per_shard=config.rows_per_shard)
+        write_report(run_dir, defaults=DistillConfig())
         return Result(run_dir=run_dir, export=exported, left=0, exit_code=0)
 
 

@@ -34,6 +34,7 @@ from runtime.errors import UserError
 from runtime.metrics import MetricsLog
 from runtime.models import load_tokenizer
 from runtime.progress import StepTracker, track_steps
+from runtime.report import write_report
 from runtime.rows import BadRow, Reject, Row, Rows, excerpt, order, parse, read_raw
 from runtime.run_folder import RunFolder, open_run
 from runtime.statistics import wilson
@@ -125,6 +126,7 @@ def run(config: RewardModelTraining) -> None:
     if folder and after:
         content = {"pairs": len(held_out), "before": before.as_json(), "after": after.as_json()}
         (folder.path / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_report(folder.path, defaults=RewardModelTraining())
         console.print()
         console.print(Text(f"held-out pairs put right  {before.plain}  →  {after.plain}"))
         if before.judged and after.judged:

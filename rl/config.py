@@ -15,8 +15,9 @@ from runtime.settings import CheckpointConfig, LoraConfig, require
 class SamplingConfig:
     """How groups are sampled."""
 
-    backend: Literal["auto", "vllm", "native"] = "auto"
-    """"vllm": a vLLM engine in this process. "native": our own decoder. "auto": vllm where it is installed."""
+    backend: Literal["auto", "vllm", "native", "server"] = "auto"
+    """"vllm": a vLLM engine in this process. "native": our own decoder. "auto": vllm where it is installed. "server":
+    the servers of `server_urls`, started by `python -m sampling.serve`."""
     temperature: float = 1.0
     """Softmax temperature of rollouts; log-probs and ratios are taken at the same one."""
     max_tokens: int = 40
@@ -44,7 +45,17 @@ class SamplingConfig:
     time_limit: float = 1800.0
     """Seconds one call of an engine in its own process may take before it counts as hung."""
     max_restarts: int = 3
-    """Times in a run that such an engine is started again: weights reloaded and attested, the group sampled anew."""
+    """Times in a run that such an engine is started again, or a lost server waited for: weights reloaded and attested,
+    the group sampled anew."""
+    server_urls: tuple[str, ...] = ()
+    """Backend "server": http(s)://host:port of each; prompts are shared out among them. Their key, if they have one, is
+    in the environment: SAMPLING_API_KEY."""
+    transfer: Literal["auto", "files", "nccl"] = "auto"
+    """How servers get weights. "files": through `weights_dir`. "nccl": vLLM's weight transfer, between CUDA devices.
+    "auto": nccl where both sides have CUDA."""
+    weights_dir: str | None = None
+    """Folder on a disk that trainer and servers see, of this run alone, for weights on their way. Unset: a temporary
+    one, for servers of this machine."""
 
     def __post_init__(self) -> None:
         cuts = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0)}
@@ -65,6 +76,24 @@ class SamplingConfig:
             f"sampling.speculate=True: only our own sampler drafts, not sampling.backend={self.backend}; use native",
         )
         require(self.max_restarts >= 0, f"sampling.max_restarts={self.max_restarts}: use 0 for none")
+        serves = self.backend == "server"
+        require(
+            serves == bool(self.server_urls),
+            f"sampling.backend={self.backend}, sampling.server_urls={list(self.server_urls)}: the backend is server if "
+            "and only if there are addresses; start servers by: python -m sampling.serve",
+        )
+        require(
+            len(set(self.server_urls)) == len(self.server_urls),
+            f"sampling.server_urls={list(self.server_urls)}: a server is named twice; name each once",
+        )
+        require(
+            not (serves and self.process),
+            "sampling.process=True: a server is a process of its own already; use false with sampling.backend=server",
+        )
+        require(
+            not serves or self.experts == "ignore",
+            f"sampling.experts={self.experts}: servers don't say which experts they chose; use ignore",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

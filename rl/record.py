@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import torch
 
 from rl.advantage import zero_variance
+from rl.batch import trainable
 from rl.evaluate import Evaluation, thinks
 from rl.types import Group, Prompt, Rollout
 from runtime.distributed import World
-from runtime.files import replacing, write_durably
+from runtime.files import make_folder, replacing, write_durably
 from sampling.protocol import Completion
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,12 @@ SCHEMA = {
 }
 """Columns of a step's file; those of the parts of the reward come after them."""
 
+TRAINER_SCHEMA = {
+    **dict.fromkeys(("process", "group", "sample"), pa.int64()),
+    "logprobs": pa.list_(pa.float32()),
+}
+"""Of `write_trainer_logprobs`; the first three are those of the rollout's rows."""
+
 PART = "rewards/"
 """Before the name of a part of the reward, in its column's name."""
 
@@ -126,6 +133,28 @@ def write_rollout(folder: Path, rollout: Rollout, *, step: int, world: World) ->
             pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
             # First the hash: once there is a rollout, there is what it must be.
             write_durably(path.with_suffix(".sha256"), _digest(aside, path.name))
+
+
+def write_trainer_logprobs(
+    folder: Path, groups: Sequence[Group], old_C: torch.Tensor, *, mask_truncated: bool, step: int, world: World
+) -> None:
+    """Write `step-000012.parquet` beside the rollouts, for the report: log π_old of the trained completions' tokens.
+
+    old_C: of all that `rl.batch.trainable` makes of the groups, in its order. Nothing reads it to resume.
+    """
+    places = {id(c.ids): (g, i) for g, group in enumerate(groups) for i, c in enumerate(group.completions)}
+    samples = [sample for family in trainable(groups, mask_truncated=mask_truncated) for sample in family.samples]
+    parts = old_C.float().cpu().split([len(sample.ids) for sample in samples])
+    own = [
+        {"process": world.rank, "group": group, "sample": number, "logprobs": part.tolist()}
+        for (group, number), part in zip((places[id(sample.ids)] for sample in samples), parts, strict=True)
+    ]
+    rows = world.gather(own)
+    if world.is_main:
+        make_folder(folder)
+        with replacing(folder / f"step-{step:06d}.parquet") as aside:
+            table = pa.Table.from_pylist(rows, schema=pa.schema(TRAINER_SCHEMA))
+            pq.write_table(table, aside, compression="zstd")
 
 
 def read_rollout(folder: Path, *, step: int, world: World) -> Rollout | None:

@@ -2,11 +2,12 @@
 
 `train(config)` builds the parts and calls the loop; the loop is `Run.step`. What each word in it means is in the
 file of that name. A step's rollout is on disk before it is trained on, so a run that is killed takes it from there.
-Left out: asynchronous rollouts, and engines on other machines.
+Left out: asynchronous rollouts.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -24,7 +25,14 @@ from rl.engine import Engine
 from rl.evaluate import Evaluation, evaluate
 from rl.policy import Policy
 from rl.prompts import PromptSource, make_source
-from rl.record import acceptance, evaluation_metrics, read_rollout, rollout_metrics, write_rollout
+from rl.record import (
+    acceptance,
+    evaluation_metrics,
+    read_rollout,
+    rollout_metrics,
+    write_rollout,
+    write_trainer_logprobs,
+)
 from rl.resume import Progress, checkpoint_bytes, load_training_state, save_training_state
 from rl.rollout import punish_overlong, score, set_advantages, teaches
 from rl.score import Scorer
@@ -54,6 +62,7 @@ EVALUATION_SEED = 0x5EED
 MAY_CHANGE_ON_RESUME = (
     *("steps", "report_to", "checkpoint", "evaluation", "reward_time_limit"),
     *("sampling.process", "sampling.time_limit", "sampling.max_restarts"),
+    *("sampling.server_urls", "sampling.transfer", "sampling.weights_dir"),
 )
 
 
@@ -184,7 +193,7 @@ class Run:
                 self.record(self.done, {} if after is None else evaluation_metrics(after), last=True)
                 self.save_final(tracker)
         if self.world.is_main:
-            write_report(self.folder.path)
+            write_report(self.folder.path, defaults=GRPOConfig())
         return Result(
             run_dir=self.folder.path,
             before=before,
@@ -206,7 +215,8 @@ class Run:
             return None
 
         with self.phase(tracker, "updating", "trainer", timer):
-            metrics = update(self.policy, rollout.groups, self.optimizer, on_skip=self._dump_skipped)
+            keep = functools.partial(self._keep_logprobs, rollout.groups)
+            metrics = update(self.policy, rollout.groups, self.optimizer, on_skip=self._dump_skipped, on_old=keep)
         self.curriculum.observe([*rollout.groups, *rollout.spare], self.world)
         self.progress = Progress(step=self.done + 1, cursor=rollout.cursor)
         every = config.loss.reference_every
@@ -382,6 +392,17 @@ class Run:
             "dynamic/spare_tokens": float(tokens),
             "dynamic/unfilled_groups": float(dull),
         }
+
+    def _keep_logprobs(self, groups: Sequence[Group], old_C: torch.Tensor) -> None:
+        """The trainer's log-probs of a step's tokens, beside the sampler's in its rollout, for the report."""
+        write_trainer_logprobs(
+            self.folder.path / "trainer",
+            groups,
+            old_C,
+            mask_truncated=self.config.loss.mask_truncated,
+            step=self.done + 1,
+            world=self.world,
+        )
 
     def _dump_skipped(self, groups: Sequence[Group], norm: float) -> None:
         """Name the completions whose gradient was not finite, in a file of the run folder."""

@@ -86,10 +86,12 @@ def update(
     optimizer: Optimizer,
     *,
     on_skip: Callable[[Sequence[Group], float], None] = lambda groups, norm: None,
+    on_old: Callable[[Tensor], None] = lambda old_C: None,
 ) -> dict[str, float]:
     """Take all of a rollout's optimizer steps and return their metrics, over all processes.
 
-    on_skip is told of groups whose gradient norm was not finite, and which therefore moved nothing.
+    on_skip is told of groups whose gradient norm was not finite, and which therefore moved nothing; on_old of log π_old
+    of every token that `rl.batch.trainable` makes of the groups, in its order, (C,).
     Raises SamplerGap, before any weight changes, when the sampler's log-probs are too far off, and NonFinite when
     MAX_SKIPPED updates in a row could not be taken.
     """
@@ -102,6 +104,7 @@ def update(
         pairs = [pair for m, old in zip(minibatches, stored, strict=True) for pair in zip(m.batches, old, strict=True)]
         gap = check_gap([_inputs(batch, old, old, None) for batch, old in pairs], config, world)
 
+    olds = [] if stored is None else [old for part in stored for old in part]
     sums = torch.zeros(7, dtype=torch.float64)  # loss, entropy, held, kl, tokens, units, grad norm
     for _ in range(config.optim.epochs):
         for i, minibatch in enumerate(minibatches):
@@ -118,6 +121,7 @@ def update(
                 sums[:6] += torch.tensor([*summed, len(logp), parts.units], dtype=torch.float64)
             if stored is None:
                 gap = check_gap(seen, config, world)
+                olds += [x.old for x in seen]
             if not minibatch.anything:
                 continue  # momentum alone must not move the weights
             world.sum_gradients(policy.model)
@@ -131,6 +135,7 @@ def update(
                         "model was trained on: skipped-*.json in the run folder names the completions"
                     )
 
+    on_old(torch.cat(olds) if olds else torch.zeros(0))
     loss, entropy_sum, held, kl, tokens, units, norms = world.sum(sums).tolist()
     steps = len(minibatches) * config.optim.epochs
     metrics = {

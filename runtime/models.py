@@ -40,7 +40,9 @@ def load_causal_lm(
     config = _from_path(AutoConfig.from_pretrained, path)
     if context is not None:
         if config.model_type != "deepseek_v3":
-            raise UserError(f"context={context}: only for a DeepSeek-V3, and model={str(path)!r} is {config.model_type}")
+            raise UserError(
+                f"context={context}: only for a DeepSeek-V3, and model={str(path)!r} is {config.model_type}"
+            )
         kwargs |= extended(config, context)
     if config.model_type == "deepseek_v3":
         load = DeepseekV3ForCausalLM.from_pretrained

@@ -25,7 +25,7 @@ CANARY_TOKENS = 128
 def make_sampler(
     model: PreTrainedModel,
     *,
-    backend: Backend = "auto",
+    backend: Backend | Literal["server"] = "auto",
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     max_model_len: int,
     seed: int = 0,
@@ -44,7 +44,10 @@ def make_sampler(
     time_limit: seconds one call of that child may take.
     record_experts: it must be able to say which experts each token was sent to; vLLM can on CUDA only.
     fp8: the native sampler's linear layers compute in FP8.
+    Raises UserError for "server" (sampling/server.py): only a trainer brings servers their weights.
     """
+    if backend == "server":
+        raise UserError("sampling.backend='server': only GRPO brings servers their weights; use auto, vllm or native")
     if backend == "auto":
         installed = importlib.util.find_spec("vllm") is not None
         recordable = torch.cuda.is_available() or not record_experts

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ class Run:
         with self._tracker() as tracker:
             if self.done == 0:
                 metrics, before = self.evaluate(tracker)
-                self.record(0, metrics)
+                self.record(0, metrics | self._data_metrics())
             while self.done < self.steps and not self.told_to_leave():
                 metrics = self.step(tracker)
                 every = self.config.evaluation.every
@@ -166,7 +167,7 @@ class Run:
                 self.record(self.done, metrics, last=True)
                 self.save_whole("final", tracker)
         if self.world.is_main:
-            write_report(self.folder.path)
+            write_report(self.folder.path, defaults=SFTConfig())
         return Result(
             run_dir=self.folder.path, steps=self.done, before=before, after=after, exit_code=self.interrupt.exit_code
         )
@@ -342,6 +343,16 @@ class Run:
             last = "final" if self.done >= self.steps else None
             metrics.truncate_after(self.done if self.done else -1, with_key=last)
         return metrics
+
+    def _data_metrics(self) -> dict[str, float]:
+        """What the sources came to: examples, tokens, and rows set aside by reason."""
+        sources = self.data.train.sources
+        rejects: Counter[str] = sum((Counter(source.rejects) for source in sources), Counter())
+        return {
+            "data/examples": float(sum(source.samples for source in sources)),
+            "data/tokens": float(sum(source.tokens for source in sources)),
+            **{f"data/rejected/{reason}": float(count) for reason, count in sorted(rejects.items())},
+        }
 
     def _dump_skipped(self, rows: range, norm: float) -> None:
         """Name the examples whose gradient was not finite, in a file of the run folder; stop after several in a row."""

@@ -36,7 +36,7 @@ def serve(recipe: Any, config_class: Any) -> None:
     # No thread survives a fork. Arrow's allocator knows that, and starts its own again.
     assert len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, threads
     # A third of such a run's time, for a page drawn from metrics.jsonl when all is done and saved.
-    sys.modules[recipe.train.__module__].write_report = lambda folder: folder / "report.html"  # type: ignore[attr-defined]
+    sys.modules[recipe.train.__module__].write_report = lambda folder, **_: folder / "report.html"  # type: ignore[attr-defined]
     answers = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -2,8 +2,8 @@
 
 Argilla 2: the records of `dataset.records.to_json` and `from_json`. Label Studio: tasks with annotations, as it imports
 and exports them in its JSON. Both ask `decision` (accept or reject) and `edited`, the answer as it should be;
-docs/review.md says how to set them up. What comes back is as hostile as any data: whatever isn't a decision on a row of
-the queue is set aside with a reason.
+docs/distill.md says how to set them up. What comes back is as hostile as any data: whatever isn't a decision on a row
+of the queue is set aside with a reason.
 """
 
 import uuid

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
+from recipes.chain.config import ChainConfig
 from recipes.cli import parse, to_dict
 from recipes.reward_model import RewardModelTraining
 from rl.config import GRPOConfig
 from sft.config import SFTConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes/configs"
-OF_COMMAND = {"sft": SFTConfig, "reward_model": RewardModelTraining}
+OF_COMMAND = {"chain": ChainConfig, "sft": SFTConfig, "reward_model": RewardModelTraining}
 """How a file's name begins -> whose settings it holds; the others are GRPO's."""
 PUBLISHED = ("r1_zero", "dapo", "dr_grpo", "gspo", "cispo")
 

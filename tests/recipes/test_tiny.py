@@ -91,7 +91,7 @@ def short(monkeypatch, tmp_path) -> Path:
     )
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(tiny, "CONFIG", tmp_path / "short.yaml")
-    monkeypatch.setattr("sft.train.write_report", lambda folder: None)
+    monkeypatch.setattr("sft.train.write_report", lambda folder, **_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/r1-post-training"
 

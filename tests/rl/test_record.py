@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from rl.record import evaluation_metrics, read_rollout, rollout_metrics, write_rollout
+from rl.record import evaluation_metrics, read_rollout, rollout_metrics, write_rollout, write_trainer_logprobs
 from rl.types import Group, Rollout
 from runtime.distributed import World
 
@@ -259,3 +260,26 @@ def test_evaluation_metrics_are_the_evaluations(make_group):
         "eval/thinking_fraction": 0.25,
     }
     assert str(evaluation.accuracy) == "50.0 % [20.0, 80.0]"
+
+
+def test_the_trainers_log_probs_are_written_to_their_completions(groups, tmp_path):
+    """Trained shortest first, without the unknown completion; the first group's lengths are the other way round."""
+    groups[0].completions.reverse()
+    log_probs = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7]  # 2 tokens, 4 tokens; 1 token
+    write_trainer_logprobs(tmp_path / "t", groups, torch.tensor(log_probs), mask_truncated=False, step=7, world=World())
+    rows = pq.read_table(tmp_path / "t" / "step-000007.parquet").to_pylist()
+    found = {(row["process"], row["group"], row["sample"]): row["logprobs"] for row in rows}
+    expected = {(0, 0, 1): log_probs[:2], (0, 0, 0): log_probs[2:6], (0, 1, 0): log_probs[6:]}
+    assert {key: pytest.approx(value) for key, value in expected.items()} == found
+
+
+def test_without_a_trained_completion_there_is_an_empty_file(groups, tmp_path):
+    groups[1].advantages[0] = NAN
+    write_trainer_logprobs(tmp_path, groups[1:], torch.zeros(0), mask_truncated=True, step=1, world=World())
+    assert pq.read_table(tmp_path / "step-000001.parquet").num_rows == 0
+
+
+def test_log_probs_of_other_completions_are_refused(groups, tmp_path):
+    with pytest.raises(RuntimeError):
+        write_trainer_logprobs(tmp_path, groups, torch.zeros(6), mask_truncated=False, step=1, world=World())
+    assert not list(tmp_path.iterdir())

@@ -120,6 +120,22 @@ def test_run_folder_holds_what_the_design_promises(finished, config):
     assert {row["version"] for row in table} == {1}
 
 
+def logprobs(run_dir, step):
+    """(group, sample) -> the sampler's log-probs, of what was trained on; and the trainer's."""
+    rows = pq.read_table(run_dir / f"rollouts/step-{step:06d}.parquet").to_pylist()
+    trained = [row for row in rows if row["used"] and row["advantage"] is not None]
+    found = pq.read_table(run_dir / f"trainer/step-{step:06d}.parquet").to_pylist()
+    return [{(r["group"], r["sample"]): r["logprobs"] for r in part} for part in (trained, found)]
+
+
+def test_the_trainers_log_probs_lie_beside_the_samplers(finished, config, tmp_path):
+    more = go(config, tmp_path / "r", steps=2, optim=OptimConfig(lr=1e-3, minibatches=2, epochs=2, microbatch_tokens=1))
+    for run_dir, step in ((finished.run_dir, 2), (more.run_dir, 2)):
+        sampler, trainer = logprobs(run_dir, step)
+        assert len(sampler) == config.prompts_per_step * config.group_size
+        assert {key: pytest.approx(value, abs=1e-4) for key, value in sampler.items()} == trainer
+
+
 def test_training_moves_the_weights_and_the_final_checkpoint_is_transformers_own(finished, v3):
     final = finished.run_dir / "checkpoints/final"
     assert not torch.equal(

@@ -44,7 +44,7 @@ def go(config, mtp, tmp_path_factory):
     def run(**changes: Any) -> Result:
         folder = tmp_path_factory.mktemp("run")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sft.train.write_report", lambda folder: None)
+            patch.setattr("sft.train.write_report", lambda folder, **_: None)
             return train(dataclasses.replace(config, **{"model": str(mtp), **QUIET, **changes}, run_dir=str(folder)))
 
     return run

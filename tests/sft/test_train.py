@@ -36,7 +36,7 @@ def go(config, tmp_path_factory):
         folder = run_dir or tmp_path_factory.mktemp("run")
         with pytest.MonkeyPatch.context() as patch:
             if not page:  # a third of such a run's time
-                patch.setattr("sft.train.write_report", lambda folder: None)
+                patch.setattr("sft.train.write_report", lambda folder, **_: None)
             return train(dataclasses.replace(config, run_dir=str(folder), **changes))
 
     return run
