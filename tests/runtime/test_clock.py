@@ -15,6 +15,7 @@ ALLOWED = {
     ("distill/generate.py", "datetime.now"),
     ("distill/review/decisions.py", "datetime.now"),
     ("recipes/r1.py", "datetime.now"),
+    ("sampling/serve.py", "time.strftime"),
     ("rewards/sandbox/hostile.py", "time.time_ns"),
 }
 
