@@ -83,7 +83,7 @@ def refused(capsys):
 def test_a_run_ends_with_0_and_says_where_everything_is(arguments, capsys, tmp_path):
     assert main(SFTConfig, run, prog="sft", description="", argv=with_default(arguments)) == 0
     assert f"{tmp_path / 'run'}/checkpoints/final" in capsys.readouterr().out.replace("\n", "")
-    assert {m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl")} == {1, 2}
+    assert {m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl")} == {0, 1, 2}
     load_causal_lm(tmp_path / "run/checkpoints/final")
 
 

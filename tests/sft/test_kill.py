@@ -166,7 +166,7 @@ def poisoned(v3, tokenizer, tmp_path) -> tuple[str, ...]:
 
 def test_a_first_step_that_was_skipped_is_none_after_a_save_and_a_resume_either(commands, outcome, poisoned, tmp_path):
     assert commands.sft(tmp_path / "whole", *poisoned).code == 0
-    skipped = [m["step"] for m in read_metrics(tmp_path / "whole/metrics.jsonl") if m["grad_norm"] is None]
+    skipped = [m["step"] for m in read_metrics(tmp_path / "whole/metrics.jsonl") if m.get("grad_norm", 0) is None]
     assert len(skipped) == 2 and skipped[0] == 1
     assert commands.sft(tmp_path / "run", *poisoned, FAILPOINT="sft/stepped:2").code == -signal.SIGKILL
     assert commands.sft(tmp_path / "run", *poisoned).code == 0

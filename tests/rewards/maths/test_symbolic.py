@@ -403,14 +403,19 @@ def test_ctrl_c_does_not_reach_a_worker() -> None:
 
 
 def test_interrupted_call_does_not_answer_the_next_one(one_worker: None) -> None:
+    # Whoever runs tests in several processes has those ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     symbolic.start()
     main = threading.main_thread().ident
     assert main is not None
     timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        ask(BUSY)
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask(BUSY)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     assert ask(TRUE).equal is True
 
 
