@@ -25,9 +25,8 @@ def environment(name: str, value: str) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for this process's next use; elsewhere nothing happens.
 
-    By default it goes back to the system whenever a pass ends, and the next pass waits for 20,000 to 40,000 page
-    faults (presets 5m and 20m, 4,096 tokens; then under 1,500). The peak stays what it was. A step of the 5m preset
-    took 9 % less, of 20m, whose products take longer, no less.
+    By default it goes back to the system whenever a pass ends, and the next pass waits for tens of thousands of page
+    faults. The peak stays what it was.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

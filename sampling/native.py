@@ -25,7 +25,7 @@ from runtime.packed import score_sequences
 from runtime.weights import checkpoint_views
 from sampling.attest import WeightsMismatch, fingerprint
 from sampling.draws import Rows, row_uniforms, sample_tokens
-from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights
+from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights, check_seeds
 from sampling.speculate import decode_speculatively
 
 # Rows decoded together. Larger batches gain nothing on a CPU and cost memory.
@@ -92,8 +92,7 @@ class NativeSampler:
         return groups
 
     def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]) -> None:
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
+        check_seeds(prompts, seeds)
         config = self.model.config
         if params.speculate and mtp_layer(self.model) is None:
             raise ValueError("speculate=True: the model has no MTP layer to draft with; use False")

@@ -49,6 +49,12 @@ class SamplingParams:
             raise ValueError(f"temperature={self.temperature}: use 0 (greedy) or a positive number")
 
 
+def check_seeds(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+    """ValueError unless there is a seed for every prompt."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled answer."""

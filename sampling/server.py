@@ -29,7 +29,7 @@ import torch
 from runtime.errors import UserError
 from sampling.attest import Canary, SyncReport, WeightsMismatch, sync
 from sampling.process import EngineLost
-from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights
+from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights, check_seeds
 from sampling.transfer import Broadcast, Shelf, fingerprints_of, tag_of, version_in
 from sampling.vllm_sampler import _stream_seed
 from sampling.wire import Refused, Wire, read_key
@@ -127,8 +127,7 @@ class ServerSampler:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """`params.n` completions per prompt, of the version that the server says it holds."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
+        check_seeds(prompts, seeds)
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature={params.temperature}: vLLM would raise it to 0.01; use that, or 0 (greedy)")
         if params.speculate or params.record_experts:
@@ -433,8 +432,7 @@ class ServerPool:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """Prompt i by server (rank + i) mod S, all servers at once."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
+        check_seeds(prompts, seeds)
         shares: list[list[int]] = [[] for _ in self.members]
         for i in range(len(prompts)):
             shares[(self.rank + i) % len(shares)].append(i)

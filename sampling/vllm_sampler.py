@@ -22,7 +22,7 @@ import torch
 
 from runtime.environment import environment
 from sampling import vllm_reload
-from sampling.protocol import Completion, Fingerprints, FinishReason, SamplingParams, Weights
+from sampling.protocol import Completion, Fingerprints, FinishReason, SamplingParams, Weights, check_seeds
 from sampling.vllm_setup import cpu_attention, guest, has_amx, hf_overrides
 
 CPU_BATCH_TOKENS = 4096
@@ -124,8 +124,7 @@ class VLLMSampler:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """`params.n` completions per prompt; the same batch and seeds give the same tokens."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one each")
+        check_seeds(prompts, seeds)
         if 0 < params.temperature < 0.01:
             raise ValueError(f"temperature={params.temperature}: vLLM would raise it to 0.01; use that, or 0 (greedy)")
         if params.speculate:

@@ -22,8 +22,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-import deepseek_v3
-from deepseek_v3.config import yarn
 from runtime.packed import score_sequences
 from runtime.run_folder import open_run
 from runtime.weights import checkpoint_tensors
@@ -34,42 +32,13 @@ from sampling.fingerprint import fingerprint
 from sampling.native import NativeSampler
 from sampling.process import EngineLost, ProcessSampler
 from sampling.protocol import Completion, Sampler, SamplingParams, Weights
+from tests.sampling.models import VOCAB, randomize, v3
 
 ROOT = Path(__file__).parents[2]
-VOCAB = 50
 PROMPTS = [[7, 21, 30, 2], list(range(10, 40)), [5] * 9]
 SHORT = SamplingParams(n=3, max_tokens=10, record_experts=True)
 LONG = SamplingParams(n=4, max_tokens=1000)
 """A second or more, so that a signal after a fraction of one comes in the middle."""
-
-
-def v3(seed: int) -> PreTrainedModel:
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        kv_lora_rank=24,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        max_position_embeddings=2048,
-        rope_parameters=yarn(factor=4, original=512),
-    )
-    return randomize(deepseek_v3.DeepseekV3ForCausalLM(deepseek_v3.preset("tiny", **sizes)).eval(), seed)
-
-
-@torch.no_grad()
-def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Weights that matter: at the usual std of 0.02 most faults stay invisible."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        if "inv_freq" not in name:
-            tensor.copy_((1.0 if "norm" in name else 0.0) + 0.15 * torch.randn(tensor.shape, generator=generator))
-    return model
 
 
 def synced(

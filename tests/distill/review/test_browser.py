@@ -1,6 +1,5 @@
 """The page in a real browser: what people do, what an answer or another site may try, and a server that dies."""
 
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,20 +11,6 @@ import pytest
 pytestmark = pytest.mark.browser
 PATIENCE = 20_000
 """Milliseconds for what happens at once on a machine at rest."""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    flags.append("--host-resolver-rules=MAP evil.example 127.0.0.1")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
