@@ -296,7 +296,7 @@ def test_vllms_engine_killed_in_the_middle_of_a_run_comes_back_attested(commands
     def kill_the_engine() -> None:
         while not (tmp_path / "server/rollouts/step-000001.parquet").exists():
             time.sleep(0.05)
-        killed.extend(pid for pid in children(served.children[0]) if "EngineCore" in name(pid))
+        killed.extend(pid for pid in children(served.children[0]) if "EngineCor" in name(pid))  # 15 characters
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
 

@@ -509,6 +509,15 @@ def test_a_verdict_does_not_depend_on_load(one_worker: None) -> None:
     assert pids() == [pid]
 
 
+def test_an_idle_worker_is_under_no_limit() -> None:
+    ask_once = (
+        "import signal; from rewards.maths.symbolic_worker import _answer; "
+        'print(_answer(b\'[["Constant", "pi"], ["Constant", "pi"], 5.0]\'), signal.getitimer(signal.ITIMER_PROF))'
+    )
+    done = subprocess.run([sys.executable, "-c", ask_once], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "(True, 'exact') (0.0, 0.0)\n"
+
+
 def test_a_worker_that_does_not_answer_leaves_the_verdict_unknown(
     one_worker: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
