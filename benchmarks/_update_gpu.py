@@ -203,7 +203,7 @@ def time_update(args: argparse.Namespace, folder: Path, case: Case, device: torc
 
     with autocast():
         fastest_experts(plain, device)
-    optimizer = Optimizer(policy.model, policy.config)
+    optimizer = Optimizer(policy)
     ours = partial(update, policy, groups, optimizer)
     sides: dict[str, Callable[[], object]] = {"ours": ours, f"padded, {plain.experts} experts": theirs}
     padded_shared, packed_shared = case.ceilings

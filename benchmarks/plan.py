@@ -201,7 +201,7 @@ def _of_rank(config: SFTConfig, documents: sft.Documents, world: World, ranks: i
 
     def step() -> None:
         with world.autocast():
-            logp_C, _ = trainee(batch.packed, batch.targets)
+            logp_C, _ = trainee.logprobs(batch.packed, batch.targets)
         (-logp_C.nan_to_num().sum() / len(logp_C)).backward()
         optimizer.step(0)
 

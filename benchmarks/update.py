@@ -164,7 +164,7 @@ class Recorder(Optimizer):
 def ours(turns: Turns, folder: Path, case: Case) -> None:
     """Updates; answers with the seconds of each."""
     policy = make_policy(folder)
-    optimizer = Optimizer(policy.model, policy.config)
+    optimizer = Optimizer(policy)
     groups = make_groups(policy, case)
     work = partial(update, policy, groups, optimizer)
     best: dict[int, float] = {}

@@ -261,6 +261,11 @@ class GRPOConfig:
     attention itself never. "forward": where no gradient is wanted, in the sampler, which must be our own, and in the
     reference (LoRA's is the policy itself). "train": in the policy's forward pass too; backward passes stay in
     `precision`."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third slower, a fraction of the memory."""
+    shard: bool = True
+    """With several processes, spread weights, gradients and optimizer over them (FSDP2). false: whole in each, faster
+    where there is room."""
     run_dir: str | None = None
     """The run's folder. Unset: runs/grpo-<date>-<time>."""
     resume: bool = False

@@ -3,12 +3,15 @@
 `sync` hands the policy's weights over and has the sampler prove that it holds them (design: attested weights). When an
 engine in a process of its own dies or hangs, it is started again, reloaded and attested, and what it was asked for is
 asked for anew: groups come whole or not at all. A server is waited for instead, until whoever started it has it again.
+Of several processes the first brings servers their weights, and where one has lost its engine all sync again.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from torch import nn
 
 from deepseek_v3.routing import has_routers
 from rl.config import GRPOConfig, SamplingConfig
@@ -19,11 +22,12 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, mtp_layer
 from runtime.weights import checkpoint_tensors
-from sampling.attest import SyncReport, make_canary, sync
+from sampling.attest import SyncReport, WeightsMismatch, make_canary, sync
 from sampling.backend import CANARY_TOKENS, make_sampler
 from sampling.process import EngineLost, ProcessSampler
 from sampling.protocol import Sampler, SamplingParams
 from sampling.server import ServerPool
+from sampling.transfer import fingerprints_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class Engine:
         self, config: GRPOConfig, world: World, policy: Policy, *, model: Path | str, text: Sequence[int]
     ) -> None:
         """model: the checkpoint the policy was loaded from. text: token ids to make the canary of."""
-        self.policy = policy
+        self.policy, self.world = policy, world
         record = config.sampling.experts != "ignore"
         if record and not has_routers(policy.model):
             raise UserError(
@@ -55,8 +59,8 @@ class Engine:
             self.sampler = connect(config.sampling, positions=positions, rank=world.rank)
         else:
             self.sampler = make_sampler(
-                # Samplers know no adapters: they are sent merged weights.
-                policy.causal_lm if config.lora is None else load_causal_lm(model).to(world.device),
+                # Samplers know no adapters, which are merged on the way, nor parts of weights.
+                policy.causal_lm if policy.is_plain else load_causal_lm(model).to(world.device),
                 backend=config.sampling.backend,
                 dtype=config.sampling.dtype,
                 max_model_len=config.sampling.max_prompt_tokens + config.sampling.max_tokens,
@@ -103,57 +107,107 @@ class Engine:
     def sync(self, version: int) -> SyncReport:
         """Hand over the policy as it is now, and have the sampler prove that it holds it."""
         self.version = version
-        return self._surviving(self._sync)
+        return self._sync()
 
     def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
         """A group of completions for each prompt."""
-        return self._surviving(lambda: rollout(self.sampler, prompts, self.params, self.policy.tokenizer))
+        return self.use(lambda sampler: rollout(sampler, prompts, self.params, self.policy.tokenizer))
 
     def use(self, work: Callable[[Sampler], T]) -> T:
-        """Anything else that samples, evaluation say; it may be begun again."""
-        return self._surviving(lambda: work(self.sampler))
+        """What `work` returns; it is begun again where the engine is lost meanwhile. All processes must call it."""
+        done: list[T] = []
+        while True:
+            lost = None
+            if not done:
+                try:
+                    done.append(work(self.sampler))
+                except EngineLost as error:
+                    lost = error
+            if not self._lost_anywhere(lost):
+                return done[0]
+            self._sync(lost, again=True)
 
     def close(self) -> None:
         """Free the engine."""
         self.sampler.close()
 
-    def _sync(self) -> SyncReport:
+    def _sync(self, lost: EngineLost | None = None, *, again: bool = False) -> SyncReport:
+        """Attested weights in every process's sampler. lost: what became of this process's, which is restarted first.
+        again: some process's was lost.
+
+        What needs all processes, such as gathering weights they have but parts of, comes before anything that can be
+        lost in one of them.
+        """
+        pool = self.sampler if isinstance(self.sampler, ServerPool) else None
+        while True:
+            model = self.policy.trained.whole(everywhere=pool is None)
+            ours = self.policy.score(self.canary.sequences)
+            reports: list[SyncReport] = []
+            try:
+                if lost is not None or (pool and again):  # servers are everybody's
+                    assert isinstance(self.sampler, ProcessSampler | ServerPool)
+                    self.sampler.restart()
+                if pool is None or self.world.is_main:
+                    assert model is not None
+                    reports.append(self._attest(model, ours))
+                lost = None
+            except EngineLost as error:
+                lost = error
+            if again := self._lost_anywhere(lost):
+                continue
+            if pool is None or self.world.size == 1:
+                return reports[0]
+            report = self.world.gather(reports)[0]
+            try:
+                if not self.world.is_main:
+                    self._follow(pool, report)
+            except EngineLost as error:
+                lost = error
+            if not (again := self._lost_anywhere(lost)):
+                return report
+
+    def _attest(self, model: nn.Module, ours: list[list[float]]) -> SyncReport:
+        """Send the weights and have them proved. ours: the policy's log-probs of the canary."""
         if isinstance(self.sampler, ServerPool):
             return self.sampler.sync(
-                lambda: checkpoint_tensors(self.policy.model),
+                lambda: checkpoint_tensors(model),
                 version=self.version,
                 canary=self.canary,
-                score_trainer=self.policy.score,
+                score_trainer=lambda _: ours,
             )
         self.synced = sync(
             self.sampler,
-            lambda: checkpoint_tensors(self.policy.model),
+            lambda: checkpoint_tensors(model),
             version=self.version,
             canary=self.canary,
-            score_trainer=self.policy.score,
+            score_trainer=lambda _: ours,
             previous=self.synced,
         )
         return self.synced
 
-    def _surviving(self, work: Callable[[], T]) -> T:
-        """What `work` returns; an engine lost meanwhile is restarted and synced, and `work` begun again."""
-        lost = False
-        while True:
-            try:
-                if lost:
-                    assert isinstance(self.sampler, ProcessSampler | ServerPool)
-                    self.sampler.restart()
-                    self._sync()
-                return work()
-            except EngineLost as error:
-                if self.restarts >= self.max_restarts:
-                    raise EngineLost(
-                        f"{error}; it was started again {self.restarts} times, as sampling.max_restarts allows. "
-                        "--resume goes on from the last checkpoint"
-                    ) from error
-                lost = True
-                now = "waiting for it" if isinstance(self.sampler, ServerPool) else "starting it again"
-                log.warning("%s; %s (%d of %d)", error, now, self.restarts + 1, self.max_restarts)
+    def _follow(self, pool: ServerPool, report: SyncReport) -> None:
+        """Take what the first process has attested; where weights are whole, they must be this process's own, too."""
+        if not self.policy.trained.is_sharded:
+            own = fingerprints_of(checkpoint_tensors(self.policy.model))
+            if own != report.fingerprints:
+                names = sorted(name for name in own if own[name] != report.fingerprints.get(name))
+                raise WeightsMismatch(
+                    f"process {self.world.rank} trains other weights than the first: {len(names)} of {len(own)} "
+                    f"tensors differ, {', '.join(names[:3])}"
+                )
+        pool.follow(report.fingerprints, version=report.version)
+
+    def _lost_anywhere(self, lost: EngineLost | None) -> bool:
+        """Whether any process has lost its engine; raises where that has been too often."""
+        if lost is not None:
+            if self.restarts >= self.max_restarts:
+                raise EngineLost(
+                    f"{lost}; it was started again {self.restarts} times, as sampling.max_restarts allows. "
+                    "--resume goes on from the last checkpoint"
+                ) from lost
+            now = "waiting for it" if isinstance(self.sampler, ServerPool) else "starting it again"
+            log.warning("%s; %s (%d of %d)", lost, now, self.restarts + 1, self.max_restarts)
+        return any(self.world.gather([lost is not None]))
 
 
 def connect(sampling: SamplingConfig, *, positions: int, rank: int) -> ServerPool:

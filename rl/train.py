@@ -50,6 +50,7 @@ from runtime.report import write_report
 from runtime.rows import load_rows
 from runtime.run_folder import RunFolder, check_space, open_run_together
 from runtime.watchdog import Watchdog
+from runtime.weights import save_pretrained
 from sampling.attest import SyncReport
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ EVALUATION_SEED = 0x5EED
 
 MAY_CHANGE_ON_RESUME = (
     *("steps", "report_to", "checkpoint", "evaluation", "reward_time_limit"),
+    *("gradient_checkpointing", "shard"),
     *("sampling.process", "sampling.time_limit", "sampling.max_restarts"),
     *("sampling.server_urls", "sampling.transfer", "sampling.weights_dir"),
 )
@@ -145,10 +147,10 @@ class Run:
         """model: what to load. checkpoint: what to resume from, if anything."""
         self.config, self.world, self.folder = config, world, folder
         self.scorer, self.examiner, self.interrupt, self.watchdog = scorer, examiner, interrupt, watchdog
-        self.policy = Policy(config, world, model)
+        self.policy = Policy(config, world, model, checkpoint=checkpoint)
         self.prompts = self._source(config.data, seed=config.seed)
         self.held_out = self._held_out()
-        self.optimizer = Optimizer(self.policy.model, config)
+        self.optimizer = Optimizer(self.policy)
         self.curriculum = Curriculum(config.curriculum, group_size=config.group_size)
         self.progress = Progress()
         if checkpoint is not None:
@@ -327,17 +329,11 @@ class Run:
     def save(self, tracker: StepTracker) -> None:
         """A checkpoint to resume from."""
         with self.phase(tracker, "saving", "disk"):
+            write = save_training_state(self.policy, self.optimizer, self.curriculum, self.progress)
             if self.world.is_main:
                 assert self.metrics is not None
                 self.metrics.sync()  # lines of steps that no resume will write again
-                save_checkpoint(
-                    self.folder.checkpoints_dir,
-                    f"step-{self.done:06d}",
-                    lambda path: save_training_state(
-                        path, self.policy, self.optimizer, self.curriculum, self.progress
-                    ),
-                    info={"step": self.done, "updates": self.optimizer.updates},
-                )  # fmt: skip
+                self._write(f"step-{self.done:06d}", write)
                 prune_checkpoints(self.folder.checkpoints_dir, self.config.checkpoint.keep)
             self.world.wait()
         self.saved = self.done
@@ -345,14 +341,14 @@ class Run:
     def save_final(self, tracker: StepTracker) -> None:
         """checkpoints/final: what transformers and vLLM load as it is."""
         with self.phase(tracker, "saving", "disk"):
-            if self.world.is_main:
-                save_checkpoint(
-                    self.folder.checkpoints_dir,
-                    "final",
-                    self.policy.save_pretrained,
-                    info={"step": self.done, "updates": self.optimizer.updates},
-                )
+            model = self.policy.trained.whole()
+            if model is not None and self.world.is_main:
+                self._write("final", lambda folder: save_pretrained(folder, model, self.policy.tokenizer))
             self.world.wait()
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        info = {"step": self.done, "updates": self.optimizer.updates}
+        save_checkpoint(self.folder.checkpoints_dir, name, write, info=info)
 
     def close(self) -> None:
         """Free the sampler and the log."""

@@ -12,15 +12,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepseek_v3.routing import Flips, replayed
-from rl.batch import batches, count_known, count_tokens, trainable
-from rl.config import GRPOConfig
+from rl.batch import batches, count_known, count_tokens, make_batch, trainable
 from rl.gap import check_gap
 from rl.loss import LossInputs, Totals, policy_loss
 from rl.policy import Policy
-from rl.types import Batch, Group
+from rl.types import Batch, Family, Group, Sample
+from runtime.sharding import load_optimizer_state, norm_of_gradients, whole_optimizer_state
 
 
 class NonFinite(RuntimeError):
@@ -34,11 +34,11 @@ MAX_SKIPPED = 3
 class Optimizer:
     """AdamW with linear warm-up, then a constant rate; counts its updates."""
 
-    def __init__(self, model: nn.Module, config: GRPOConfig) -> None:
-        self.model, self.config = model, config.optim
-        parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, policy: Policy) -> None:
+        self.model, self.config = policy.trained, policy.config.optim
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.adamw = torch.optim.AdamW(
-            parameters,
+            self.parameters,
             lr=self.config.lr,
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
@@ -54,7 +54,7 @@ class Optimizer:
 
     def step(self) -> float:
         """Clip and apply the gradients; returns their norm. A non-finite gradient changes nothing."""
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        norm = norm_of_gradients(self.parameters, self.config.max_grad_norm)
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = self.learning_rate()
@@ -66,6 +66,14 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
+    def state(self) -> dict[str, Any]:
+        """AdamW's, for `load`; whole in the first process, whatever the number of them. All must call it."""
+        return whole_optimizer_state(self.model, self.adamw)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put AdamW's state back; only the first process's counts if the policy is sharded."""
+        load_optimizer_state(self.model, self.adamw, state)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Minibatch:
@@ -74,6 +82,8 @@ class Minibatch:
     groups: Sequence[Group]
     batches: list[Batch]
     """In as many forward and backward passes as memory wants."""
+    padding: int
+    """Passes with weight 0 after those: sharded processes must run as many as each other."""
     totals: Totals
     """Over all processes."""
     anything: bool
@@ -100,7 +110,7 @@ def update(
     flips = Flips()
     stored, gap = None, {}
     if len(minibatches) * config.optim.epochs > 1:
-        stored = [[_old_logprobs(policy, batch) for batch in m.batches] for m in minibatches]
+        stored = [_old_logprobs(policy, m) for m in minibatches]
         pairs = [pair for m, old in zip(minibatches, stored, strict=True) for pair in zip(m.batches, old, strict=True)]
         gap = check_gap([_inputs(batch, old, old, None) for batch, old in pairs], config, world)
 
@@ -119,12 +129,14 @@ def update(
                 seen.append(_inputs(batch, x.old, x.old, None))
                 summed = torch.stack([parts.loss.detach(), entropy.sum(), parts.held, parts.kl]).double().tolist()
                 sums[:6] += torch.tensor([*summed, len(logp), parts.units], dtype=torch.float64)
+            for _ in range(minibatch.padding):
+                _empty_pass(policy)
             if stored is None:
                 gap = check_gap(seen, config, world)
                 olds += [x.old for x in seen]
             if not minibatch.anything:
                 continue  # momentum alone must not move the weights
-            world.sum_gradients(policy.model)
+            policy.trained.sum_gradients()
             norm = optimizer.step()
             sums[6] += norm / world.size
             if not math.isfinite(norm):
@@ -166,9 +178,12 @@ def _minibatch(policy: Policy, groups: Sequence[Group]) -> Minibatch:
     families = trainable(groups, mask_truncated=config.loss.mask_truncated)
     completions, tokens = world.sum(torch.tensor([count_known(groups), count_tokens(families)])).tolist()
     limit, share = config.optim.microbatch_tokens, config.optim.share_prompts
+    own = list(batches(families, max_tokens=limit, share=share, device=world.device))
+    passes = max(world.gather([len(own)])) if policy.trained.is_sharded else len(own)
     return Minibatch(
         groups=groups,
-        batches=list(batches(families, max_tokens=limit, share=share, device=world.device)),
+        batches=own,
+        padding=passes - len(own),
         totals=Totals(
             completions=max(completions, 1), tokens=max(tokens, 1), max_tokens=config.sampling.max_tokens
         ),
@@ -189,9 +204,27 @@ def _inputs(batch: Batch, logp: Tensor, old: Tensor, reference: Tensor | None) -
 
 
 @torch.no_grad()
-def _old_logprobs(policy: Policy, batch: Batch) -> Tensor:
-    with _experts(policy, batch, Flips()):
-        return policy.logprobs(batch)[0]
+def _old_logprobs(policy: Policy, minibatch: Minibatch) -> list[Tensor]:
+    olds = []
+    for batch in minibatch.batches:
+        with _experts(policy, batch, Flips()):
+            olds.append(policy.logprobs(batch)[0])
+    for _ in range(minibatch.padding):
+        policy.logprobs(_nothing(policy))
+    return olds
+
+
+def _empty_pass(policy: Policy) -> None:
+    """Take part in a pass of the others, with a gradient of 0."""
+    nothing = _nothing(policy)
+    policy.reference_logprobs(nothing)
+    (0.0 * policy.logprobs(nothing)[0].sum()).backward()
+
+
+def _nothing(policy: Policy) -> Batch:
+    """The least a model can be asked about."""
+    sample = Sample(ids=[0], logprobs=[0.0], advantage=0.0)
+    return make_batch([Family(prompt=[0], samples=[sample])], policy.world.device)
 
 
 def _experts(policy: Policy, batch: Batch, flips: Flips) -> AbstractContextManager[Any]:

@@ -112,7 +112,7 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logits = _Logits(hidden, weight, scale, rows)
         p_tV = torch.empty_like(logits.buffer)
-        logprobs, entropy, log_z = torch.empty(3, len(hidden), device=hidden.device)
+        logprobs, entropy, log_z = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         for chunk, x in logits:
             largest = x.amax(-1)
             x -= largest[:, None]

@@ -1,10 +1,11 @@
-"""One model over several processes (FSDP2): spread its weights, gather them whole again.
+"""One model over several processes: whole in each of them, or a part in each (FSDP2) that can be gathered again.
 
 torch's `fully_shard` itself: accelerate's FSDP plugin is silently ignored on a CPU. Gradients are summed over the
 processes, not averaged, since losses here divide by counts over all of them. Left out: tensor and expert parallelism.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,7 +22,64 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from runtime.distributed import World
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE_EVERYWHERE = StateDictOptions(full_state_dict=True)
 _FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+class DistributedModel(nn.Module):
+    """A causal LM, with or without adapters, of which every process has all weights or, once sharded, a part.
+
+    Its forward is any computation with the model: as the root of FSDP2 it has the weights of no layer, such as the
+    head's, whole in there and nowhere else.
+    """
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        super().__init__()
+        self.model, self.world = model, world
+        self._skeleton: tuple[nn.Module, ...] = ()  # in a tuple: no part of what is sharded
+
+    def shard(self, layers: Iterable[nn.Module]) -> None:
+        """Keep a part of every weight, on this process's device. The model may be on the CPU until now."""
+        self._skeleton = (_without_weights(self.model),)
+        shard(self, layers, self.world)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has but a part."""
+        return bool(self._skeleton)
+
+    def forward(self, compute: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """compute(model, *args, **options); tensors with gradients are to be in what it returns, bare or in tuples."""
+        return compute(self.model, *args, **options)
+
+    def whole(self, *, everywhere: bool = False) -> nn.Module | None:
+        """The model with whole weights: itself, or if it is sharded a copy, on the CPU of the first process and None in
+        the others, or `everywhere` on the devices. All must call it."""
+        if not self.is_sharded:
+            return self.model
+        state = whole_state(self, everywhere=everywhere)
+        if not state:
+            return None
+        model = copy.deepcopy(self._skeleton[0])
+        model.load_state_dict({name.removeprefix("model."): t for name, t in state.items()}, strict=True, assign=True)
+        return model.to(self.world.device) if everywhere else model
+
+    def release(self) -> None:
+        """Before weights are written to other than by an optimizer: let go of whole copies that a forward has left."""
+        if self.is_sharded:
+            self.reshard()  # type: ignore[operator]
+
+    def sum_gradients(self) -> None:
+        """Over all processes; FSDP2 has done it already."""
+        if not self.is_sharded:
+            self.world.sum_gradients(self)
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy on the CPU whose parameters have no memory; buffers that no state dict holds (RoPE's) are as they were."""
+    parts: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    parts |= {id(b): b.cpu() for b in model.buffers()}
+    return copy.deepcopy(model, memo=parts)
 
 
 def shard(root: nn.Module, layers: Iterable[nn.Module], world: World) -> None:
@@ -39,14 +97,13 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was called on it."""
-    return isinstance(module, FSDPModule)
+def whole_state(module: nn.Module, *, everywhere: bool = False) -> dict[str, Tensor]:
+    """State dict with whole tensors on the CPU, in the first process; empty in the others. All must call it.
 
-
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """State dict with whole tensors on the CPU, in the first process; empty in the others. All must call it."""
-    return dict(get_model_state_dict(module, options=_WHOLE))  # type: ignore[arg-type]
+    everywhere: in all of them, on their devices.
+    """
+    options = _WHOLE_EVERYWHERE if everywhere else _WHOLE
+    return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]
 
 
 def whole_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -64,7 +121,7 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
     """Put back what `whole_optimizer_state` gave, each process its part; `state` is looked at in the first one."""
     if not state:
         return
-    options = _FROM_FIRST if is_sharded(module) else StateDictOptions(full_state_dict=True)
+    options = _FROM_FIRST if isinstance(module, FSDPModule) else StateDictOptions(full_state_dict=True)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     set_optimizer_state_dict(module, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):

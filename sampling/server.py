@@ -62,18 +62,17 @@ class ServerSampler:
         transfer: Transfer = "auto",
         time_limit: float = 600.0,
         start_limit: float = 600.0,
-        follows: bool = False,
     ) -> None:
         """Wait until the server answers.
 
         room: tokens of the longest prompt with its completion. time_limit: seconds a call may take. start_limit:
-        seconds for a server to be there. follows: another process of this run brings the weights.
+        seconds for a server to be there.
         Raises UserError for a server that can't do what is asked, EngineLost for one that doesn't come.
         """
         self.wire = Wire(url, key=read_key())
         self.version = -1
         self.time_limit, self.start_limit = time_limit, start_limit
-        self.room, self.follows = room, follows
+        self.room = room
         self._asked_for = transfer
         self._shelf, self._broadcast = shelf, Broadcast(self.wire)
         self._tag, self._name = "", ""
@@ -103,9 +102,7 @@ class ServerSampler:
         deadline = time.monotonic() + self.time_limit
         self._meet(self._left(deadline))
         loaded = True
-        if self.follows:
-            held, loaded = self._adopt(weights, version, deadline), False
-        elif self.transfer == "nccl":
+        if self.transfer == "nccl":
             tensors = list(weights)
             held = fingerprints_of(tensors)
             tag = tag_of(version, held)
@@ -122,6 +119,15 @@ class ServerSampler:
             self._salt = secrets.token_hex(16)
         self.version = version
         return held
+
+    def follow(self, tag: str) -> None:
+        """Sample from weights of this tag, which another process of the run has loaded and attested."""
+        self.version = -1
+        deadline = time.monotonic() + self.time_limit
+        self._meet(self._left(deadline))
+        if (held := self._held(deadline)) != tag:
+            raise EngineLost(f"{self.wire.url} holds weights {held!r}; {tag!r} were attested")
+        self._tag, self.version = tag, version_in(tag)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seeds: Sequence[int]
@@ -212,17 +218,6 @@ class ServerSampler:
             raise UserError(
                 f"sampling.transfer={self.transfer}: {self.wire.url} takes weights by {' or '.join(about['transfers'])}"
             )
-
-    def _adopt(self, weights: Weights, version: int, deadline: float) -> Fingerprints:
-        """Wait for the process that brings the weights; they must be this process's own."""
-        ours = fingerprints_of(weights)
-        tag = tag_of(version, ours)
-        while (held := self._held(deadline)) != tag:
-            if time.monotonic() + POLL >= deadline:
-                raise EngineLost(f"{self.wire.url} holds weights {held!r}; nobody brought {tag!r}")
-            time.sleep(POLL)
-        self._tag = tag
-        return ours if self.transfer == "nccl" else self._rpc("sampler_held", [], deadline)["fingerprints"]
 
     def _settle(self, tag: str, deadline: float) -> None:
         """Have the server drop what it cached and name its weights."""
@@ -353,8 +348,8 @@ class ServerPool:
         start_limit: float = 600.0,
         rank: int = 0,
     ) -> None:
-        """As `ServerSampler`. rank: of this process in the run; 0 brings the weights, others wait for them, unless a
-        server is lost, when whoever noticed brings them."""
+        """As `ServerSampler`. rank: of this process in the run; one process brings the weights (`sync`), the others
+        follow (`follow`)."""
         self.restarts = 0
         """How often lost servers were waited for."""
         self.rank = rank
@@ -363,7 +358,7 @@ class ServerPool:
         self.members: list[ServerSampler] = []
         try:
             for url in urls:
-                self.members.append(make(url, start_limit=start_limit, follows=rank > 0))
+                self.members.append(make(url, start_limit=start_limit))
             for member in self.members:
                 if weights_dir is None and member.transfer == "files" and not member.wire.is_here:
                     raise UserError(
@@ -407,17 +402,19 @@ class ServerPool:
                     score_trainer=lambda _: ours,
                     previous=self._previous[i],
                 )
-        for member in self.members:
-            member.follows = self.rank > 0
         return max((report for report in self._previous if report is not None), key=lambda r: r.canary_mean)
 
+    def follow(self, fingerprints: Fingerprints, *, version: int) -> None:
+        """Sample from what another process of the run has brought. EngineLost if a server holds anything else."""
+        tag = tag_of(version, fingerprints)
+        for member in self.members:
+            member.follow(tag)
+
     def restart(self) -> None:
-        """Wait for the servers that were lost. EngineLost if one doesn't come."""
+        """Wait until all servers are there. EngineLost if one doesn't come."""
         self.restarts += 1
         for member in self.members:
-            if member.version < 0:
-                member.follows = False
-                member.wait_until_there()
+            member.wait_until_there()
 
     def load(self, weights: Weights, *, version: int) -> Fingerprints:
         """Have every server take these weights; `sync` also has every one of them prove it."""

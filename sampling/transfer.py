@@ -179,7 +179,7 @@ class Broadcast:
                     return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
 
                 def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                    return iter(tensors)
+                    return ((name, tensor.cuda()) for name, tensor in tensors)  # sharded ones were gathered on the CPU
 
             if self._engine is None or partner != self._partner:
                 self.close()

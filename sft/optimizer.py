@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from runtime.errors import UserError
-from runtime.sharding import is_sharded, load_optimizer_state, norm_of_gradients, whole_optimizer_state
+from runtime.sharding import load_optimizer_state, norm_of_gradients, whole_optimizer_state
 from sft.config import OptimConfig
 from sft.trainee import Trainee
 
@@ -31,7 +31,7 @@ class Optimizer:
         self.trainee, self.config, self.steps = trainee, config, steps
         self.skipped = 0
         """Steps left out in a row, up to now."""
-        if config.muon and is_sharded(trainee):
+        if config.muon and trainee.is_sharded:
             raise UserError("optim.muon: it takes whole matrices; set shard to false, or muon to false")
         matrices, decayed, others = _groups(trainee, muon=config.muon)
         groups: list[dict[str, Any]] = [

@@ -223,7 +223,7 @@ class Run:
     def logprobs(self, batch: Batch, *, further: bool = False) -> tuple[Tensor, Tensor | None]:
         """log π of the targets, (C,) fp32; and, asked for, the MTP layer's of those two tokens on, (M,)."""
         with self.world.autocast():
-            return self.trainee(batch.packed, batch.targets, batch.further if further else None)
+            return self.trainee.logprobs(batch.packed, batch.targets, batch.further if further else None)
 
     def passes(self, rows: Sequence[Ints], examples: Any = None) -> Iterator[tuple[Batch, float]]:
         """This process's share of the rows, in passes, each with weight 1.

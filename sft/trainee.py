@@ -1,6 +1,5 @@
-"""The model being fine-tuned: what it computes, how it is spread over processes, and the whole of it for saving."""
+"""The model being fine-tuned: what it computes, and how it is spread over processes."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,12 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import mtp_layer
 from runtime.packed import Packed, Targets, logprobs_to_sum, plain_model
-from runtime.sharding import is_sharded, shard, whole_state
+from runtime.sharding import DistributedModel
 from sft.config import SFTConfig
 
 
-class Trainee(nn.Module):
-    """A causal LM whose forward gives the log-probs of targets.
-
-    A module of its own, and the root of FSDP2: inside its forward the head's weights are whole while the head runs in
-    chunks.
-    """
+class Trainee(DistributedModel):
+    """A causal LM that gives the log-probs of targets."""
 
     def __init__(
         self,
@@ -38,8 +33,6 @@ class Trainee(nn.Module):
 
         adapters: folder with the adapters' weights; by default they are new.
         """
-        super().__init__()
-        self.config, self.world, self.tokenizer = config, world, tokenizer
         if tokenizer.eos_token_id is None:
             raise UserError(f"model={config.model!r}: its tokenizer has no end token, so no answer could end")
         largest = max(tokenizer.get_vocab().values())
@@ -48,7 +41,8 @@ class Trainee(nn.Module):
                 f"model={config.model!r}: its tokenizer has ids up to {largest}, its vocab_size is "
                 f"{model.config.vocab_size}: this is another model's tokenizer, or the embeddings were not resized"
             )
-        model = model.to(world.device)
+        sharded = world.size > 1 and config.shard
+        model = model if sharded else model.to(world.device)
         if config.fp8:
             if not isinstance(model, DeepseekV3ForCausalLM):
                 raise UserError(f"fp8=True: model={config.model!r} is no DeepSeek-V3; leave it out")
@@ -56,7 +50,8 @@ class Trainee(nn.Module):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        self.model: nn.Module = model if config.lora is None else add_adapters(model, config.lora, config.seed)
+        super().__init__(model if config.lora is None else add_adapters(model, config.lora, config.seed), world)
+        self.config, self.tokenizer = config, tokenizer
         if adapters is not None:
             from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -73,40 +68,16 @@ class Trainee(nn.Module):
         if config.compile:
             for layer in layers:
                 layer.compile()
-        self._skeleton: tuple[nn.Module, ...] = ()  # in a tuple: no part of what is sharded
-        if world.size > 1 and config.shard:
-            if world.is_main:
-                self._skeleton = (_without_weights(self.model),)
-            shard(self, layers, world)
+        if sharded:
+            self.shard(layers)
 
-    def forward(self, packed: Packed, targets: Targets, further: Targets | None = None) -> tuple[Tensor, Tensor | None]:
+    def logprobs(
+        self, packed: Packed, targets: Targets, further: Targets | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """log π(target), (C,) fp32, to be added up; and the same of `further` by the MTP layer, if asked for."""
-        return logprobs_to_sum(self.model, packed, targets, further)
+        return self(logprobs_to_sum, packed, targets, further)
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """The parameters that learn."""
         return [p for p in self.parameters() if p.requires_grad]
-
-    def whole(self) -> nn.Module | None:
-        """The model with whole weights; None but in the first process if it is sharded. All must call it."""
-        if not is_sharded(self):
-            return self.model
-        state = whole_state(self)
-        if not self._skeleton:
-            return None
-        model = copy.deepcopy(self._skeleton[0])
-        model.load_state_dict({name.removeprefix("model."): t for name, t in state.items()}, strict=True, assign=True)
-        return model
-
-    def sum_gradients(self) -> None:
-        """Over all processes; FSDP2 has done it already."""
-        if not is_sharded(self):
-            self.world.sum_gradients(self)
-
-
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy on the CPU whose parameters have no memory; buffers that no state dict holds (RoPE's) are as they were."""
-    parts: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    parts |= {id(b): b.cpu() for b in model.buffers()}
-    return copy.deepcopy(model, memo=parts)

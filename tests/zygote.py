@@ -1,7 +1,7 @@
 """A recipe's command again and again, without paying seconds of imports for each; also in several processes.
 
 `python zygote.py recipes.sft` imports what the command needs, starts no thread, and for every line it reads forks the
-command's processes: they really die by the signals they get. Tests' conftest.py is the other end.
+command's processes: they really die by the signals they get. tests/commands.py is the other end.
 """
 
 import importlib
@@ -19,10 +19,16 @@ from typing import Any
 import pandas  # noqa: F401
 import peft  # noqa: F401
 import plotext  # noqa: F401
-import pyarrow.dataset  # noqa: F401
+import pyarrow.dataset
+import pyarrow.parquet  # noqa: F401
 import torch.optim._muon
 import torch.utils.tensorboard  # noqa: F401
 
+import rewards.maths.grade  # noqa: F401
+import runtime.models  # noqa: F401
+import sampling.attest
+import sampling.native
+import sampling.process  # noqa: F401
 from recipes.cli import main, parse
 
 PATIENCE = 20.0
@@ -36,7 +42,8 @@ def serve(recipe: Any, config_class: Any) -> None:
     # No thread survives a fork. Arrow's allocator knows that, and starts its own again.
     assert len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, threads
     # A third of such a run's time, for a page drawn from metrics.jsonl when all is done and saved.
-    sys.modules[recipe.train.__module__].write_report = lambda folder, **_: folder / "report.html"  # type: ignore[attr-defined]
+    loop = getattr(recipe, "train", None) or recipe.generate
+    sys.modules[loop.__module__].write_report = lambda folder, **_: folder / "report.html"  # type: ignore[attr-defined]
     answers = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -101,4 +108,4 @@ def free_port() -> int:
 
 if __name__ == "__main__":
     module = importlib.import_module(sys.argv[1])
-    serve(module, next(v for k, v in vars(module).items() if k in ("SFTConfig", "GRPOConfig")))
+    serve(module, next(v for k, v in vars(module).items() if k in ("SFTConfig", "GRPOConfig", "DistillConfig")))

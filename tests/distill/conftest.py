@@ -3,15 +3,12 @@
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +19,8 @@ from distill.config import DistillConfig, ExpertConfig
 from distill.problems import ProblemsConfig
 from recipes.cli import to_dict
 from recipes.tiny import make_tokenizer
+from tests.commands import Forks
 
-ROOT = Path(__file__).parents[2]
 SAYS = {"1": 0.2, "2": 0.2, "3": 0.1, "<think>": 0.1}
 """Each next token of the teacher's and its probability, whatever came before; with the rest it ends."""
 
@@ -84,67 +81,15 @@ def config(teacher: Path, problems: Path) -> DistillConfig:
     )
 
 
-class Ended(NamedTuple):
-    """What came of a command."""
+class Commands(Forks):
+    """`python -m recipes.distill --resume`."""
 
-    code: int
-    """Its exit code, or minus the signal that ended it."""
-    seconds: float
-    output: str
-
-
-class Commands:
-    """`python -m recipes.distill --resume`, as children of forks.py, which has paid for the imports."""
+    start = Forks.run
 
     def __init__(self, config: DistillConfig, folder: Path, *, disk: str | None = None) -> None:
         """folder: for settings and output. disk: options of a tmpfs at folder/disk, say "size=4m"."""
-        self.folder = folder
-        (folder / "disk").mkdir()
         (folder / "run.yaml").write_text(yaml.safe_dump(to_dict(config)))
-        # A small disk is a mount that only the commands see.
-        mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"', "sh"]
-        mounted = [] if disk is None else [*mount, disk, str(folder / "disk")]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        self._zygote = subprocess.Popen(
-            [*mounted, sys.executable, str(Path(__file__).with_name("forks.py"))],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(
-        self,
-        run_dir: Path,
-        *flags: str,
-        kill_after: float | None = None,
-        signum: int = signal.SIGKILL,
-        **environment: str,
-    ) -> Ended:
-        """Run it to its end with these flags and variables; after `kill_after` seconds it gets the signal."""
-        output = self.folder / "output"
-        request = dict(
-            arguments=["--config", str(self.folder / "run.yaml"), "--run_dir", str(run_dir), "--resume", *flags],
-            environment=environment,
-            outputs=[str(output)],
-            kill_after=kill_after,
-            signum=int(signum),
-        )
-        assert self._zygote.stdin is not None and self._zygote.stdout is not None
-        self._zygote.stdin.write(json.dumps(request) + "\n")
-        self._zygote.stdin.flush()
-        (code,), seconds = json.loads(self._zygote.stdout.readline())
-        return Ended(code, seconds, output.read_text())
-
-    @property
-    def disk(self) -> Path:
-        """folder/disk as the commands see it."""
-        return Path(f"/proc/{self._zygote.pid}/root{self.folder}/disk")
-
-    def close(self) -> None:
-        """It leaves when its input ends."""
-        self._zygote.communicate()
+        super().__init__("recipes.distill", folder, disk=disk)
 
 
 @pytest.fixture(scope="session")

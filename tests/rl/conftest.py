@@ -3,13 +3,10 @@ commands that can be killed."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +20,7 @@ from rl.types import Group, Prompt
 from runtime.distributed import World
 from runtime.metrics import read_metrics
 from sampling.protocol import Completion
-
-ROOT = Path(__file__).parents[2]
-ZYGOTE = Path(__file__).with_name("zygote.py")
+from tests.commands import Forks
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +46,7 @@ def tiny_folder(tokenizer, tmp_path_factory) -> Path:
 def make_policy(tiny_folder) -> Callable[..., Policy]:
     """Policy on the tiny V3: `make_policy(beta=0.1, minibatches=2, prompts=4)` puts settings where they belong."""
 
-    def make(*, lora: Any = None, prompts: int = 4, **settings: Any) -> Policy:
+    def make(*, lora: Any = None, prompts: int = 4, gradient_checkpointing: bool = False, **settings: Any) -> Policy:
         parts = {
             kind: {name: settings.pop(name) for name in list(settings) if name in kind.__dataclass_fields__}
             for kind in (SamplingConfig, LossConfig, OptimConfig)
@@ -66,6 +61,7 @@ def make_policy(tiny_folder) -> Callable[..., Policy]:
             loss=loss,
             optim=optim,
             lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
         )
         return Policy(config, World())
 
@@ -112,26 +108,14 @@ def make_group() -> Callable[..., Group]:
     return make
 
 
-class Ended(NamedTuple):
-    """What came of a command."""
+class Commands(Forks):
+    """`python -m recipes.grpo` on a run of a second: a V3 of 20,000 parameters, with everything on that has a state."""
 
-    code: int
-    """Its exit code, or minus the signal that ended it."""
-    seconds: float
-    output: str
-
-
-class Commands:
-    """`python -m recipes.grpo` on a run of a second: a V3 of 20,000 parameters, with everything on that has a state.
-
-    The commands are children of tests/rl/zygote.py, which has paid for the imports.
-    """
+    grpo = Forks.run
 
     def __init__(self, folder: Path, *, disk: str | None = None) -> None:
         """folder: for model, data, settings and output; modules in it can be imported by the commands. disk: options of
         a tmpfs at folder/disk, say "size=4m"."""
-        self.folder = folder
-        (folder / "disk").mkdir()
         tokenizer = make_tokenizer()
         config = tiny_config(tokenizer)
         config.update(dict(
@@ -164,51 +148,7 @@ class Commands:
             evaluation=dict(data=problems, problems=2, every=2, quick_problems=1),
         )
         (folder / "run.yaml").write_text(yaml.safe_dump(self.settings))
-        # A small disk is a mount that only the commands see.
-        mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"', "sh"]
-        self._zygote = subprocess.Popen(
-            [*([] if disk is None else [*mount, disk, str(folder / "disk")]), sys.executable, str(ZYGOTE)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def grpo(
-        self,
-        run_dir: Path,
-        *flags: str,
-        kill_after: float | None = None,
-        signum: int = signal.SIGKILL,
-        **environment: str,
-    ) -> Ended:
-        """Run it to its end with these flags and variables, and with --resume, which also starts a run.
-
-        kill_after: seconds after which it gets the signal.
-        """
-        arguments = ["--config", str(self.folder / "run.yaml"), "--run_dir", str(run_dir), "--resume", *flags]
-        output = self.folder / "output"
-        request = dict(arguments=arguments, environment=environment, output=str(output))
-        assert self._zygote.stdin is not None and self._zygote.stdout is not None
-        self._zygote.stdin.write(json.dumps(request | dict(kill_after=kill_after, signum=int(signum))) + "\n")
-        self._zygote.stdin.flush()
-        code, seconds = json.loads(self._zygote.stdout.readline())
-        return Ended(code, seconds, output.read_text())
-
-    @property
-    def disk(self) -> Path:
-        """folder/disk as the commands see it."""
-        return Path(f"/proc/{self.pid}/root{self.folder}/disk")
-
-    @property
-    def pid(self) -> int:
-        """The process whose children the commands are."""
-        return self._zygote.pid
-
-    def close(self) -> None:
-        """It leaves when its input ends."""
-        self._zygote.communicate()
+        super().__init__("recipes.grpo", folder, disk=disk)
 
 
 @pytest.fixture(scope="session")

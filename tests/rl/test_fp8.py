@@ -115,9 +115,9 @@ def test_the_reference_is_in_fp8_and_the_policy_only_for_training(
     plain, fp8 = score_sequences(load_causal_lm(config.model), SEQUENCES), in_fp8(config)
     assert fp8 != plain
     assert policy.score(SEQUENCES) == (fp8 if policy_in_fp8 else plain)
-    assert score_sequences(policy.reference, SEQUENCES) == (plain if mode == "off" else fp8)
+    assert score_sequences(policy.reference.model, SEQUENCES) == (plain if mode == "off" else fp8)
     policy.replace_reference()
-    assert score_sequences(policy.reference, SEQUENCES) == (plain if mode == "off" else fp8)
+    assert score_sequences(policy.reference.model, SEQUENCES) == (plain if mode == "off" else fp8)
 
 
 @pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from runtime.adapters import ATTENTION_PROJECTIONS
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer
+from runtime.weights import save_pretrained
 
 SEQUENCES = [[1, 40, 50, 60], [2, 70], [3, 80, 90, 100, 110]]
 
@@ -128,7 +129,7 @@ def test_the_seed_decides_the_adapters_first_values(tiny_folder):
 def test_what_is_saved_is_what_was_trained(make_policy, tmp_path: Path, lora):
     policy = make_policy(lora=lora)
     move(policy)
-    policy.save_pretrained(tmp_path / "new" / "folder")
+    save_pretrained(tmp_path / "new" / "folder", policy.model, policy.tokenizer)
     folder = tmp_path / "new" / "folder"
     again = load_causal_lm(folder)
     with torch.no_grad():

@@ -60,4 +60,4 @@ def test_each_update_has_its_share_of_the_rollout_and_the_reference_is_replaced_
 
     train(config, rewards={alternating: 1.0})
     assert completions == [2] * 5 * 4 and updates == 5 * 4
-    assert replaced == [0, 2 * 4, 4 * 4]
+    assert replaced == [2 * 4, 4 * 4]

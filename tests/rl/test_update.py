@@ -36,11 +36,11 @@ class Recorder(Optimizer):
     """Keeps the gradient each step would be taken with, and takes none."""
 
     def __init__(self, policy: Policy) -> None:
-        super().__init__(policy.model, policy.config)
+        super().__init__(policy)
         self.seen: list[Gradients] = []
 
     def step(self) -> float:
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.model.model.named_parameters() if p.requires_grad]
         self.seen.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named})
         self.adamw.zero_grad(set_to_none=True)
         return 1.0
@@ -107,7 +107,7 @@ def test_micro_batches_add_up(make_policy):
     (whole,) = gradients(policy, groups)
     for tokens in (1, 12, 40):  # 1: a micro-batch for each sample
         divided = make_policy(beta=0.04, gap_limit=9.0, microbatch_tokens=tokens)
-        divided.model, divided.reference = policy.model, policy.reference
+        divided.trained, divided.reference = policy.trained, policy.reference
         assert_same(gradients(divided, groups)[0], whole)
 
 
@@ -115,10 +115,12 @@ def test_micro_batches_add_up(make_policy):
 def off_policy(monkeypatch):
     """π_old as if the policy had moved since: it depends on the token alone, not on where it is packed."""
 
-    def moved(policy: Policy, batch) -> torch.Tensor:
-        with torch.no_grad():
-            logp, _ = policy.logprobs(batch)
-        return logp + 0.3 * torch.sin(batch.targets_C.float() + batch.lengths_N[batch.sequence_C])
+    @torch.no_grad()
+    def moved(policy: Policy, minibatch) -> list[torch.Tensor]:
+        return [
+            policy.logprobs(batch)[0] + 0.3 * torch.sin(batch.targets_C.float() + batch.lengths_N[batch.sequence_C])
+            for batch in minibatch.batches
+        ]
 
     monkeypatch.setattr(rl.update, "_old_logprobs", moved)
 
@@ -145,11 +147,24 @@ def test_every_loss_has_one_gradient_however_it_is_divided(make_policy, off_poli
     assert_same(again, whole)
     for division in DIVISIONS.values():
         divided = make_policy(**settings | division)
-        divided.model, divided.reference = policy.model, policy.reference
+        divided.trained, divided.reference = policy.trained, policy.reference
         assert_same(gradients(divided, groups)[0], whole)
     monkeypatch.setitem(runtime.logprobs.CHUNK_ELEMENTS, "cpu", 4 * 512)
     monkeypatch.setattr(runtime.logprobs, "MIN_ROWS", 4)  # four tokens at a time through the head
     assert_same(gradients(policy, groups)[0], whole)
+
+
+def test_activations_computed_again_give_the_same_gradient(make_policy):
+    """Of the blocks alone: dropout inside stays off."""
+    policy, again = make_policy(), make_policy(gradient_checkpointing=True)
+    calls = []
+    norm = again.causal_lm.model.layers[1].input_layernorm
+    norm.register_forward_pre_hook(lambda *_: calls.append(1))
+    groups = sampled(policy, SIZES)
+    assert_same(gradients(again, groups)[0], gradients(policy, groups)[0], tolerance=0)
+    assert len(calls) == 2  # forwards, and again backwards
+    training = {name for name, module in again.model.named_modules() if module.training}
+    assert training == {f"model.layers.{i}" for i in range(len(again.causal_lm.model.layers))}
 
 
 def test_the_order_of_samples_does_not_matter(make_policy):
@@ -216,7 +231,7 @@ def test_a_rollout_nobody_could_grade_changes_nothing(make_policy):
         group.rewards = [NAN] * 3
     set_advantages(groups)
     before = weights(policy)
-    metrics = update(policy, groups, Optimizer(policy.model, policy.config))
+    metrics = update(policy, groups, Optimizer(policy))
     assert_unchanged(policy, before)
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
 
@@ -256,13 +271,13 @@ def ratios(monkeypatch) -> list[float]:
 
 def test_one_update_per_rollout_is_exactly_on_policy(make_policy, ratios):
     policy = make_policy(microbatch_tokens=25)
-    update(policy, sampled(policy, SIZES), Optimizer(policy.model, policy.config))
+    update(policy, sampled(policy, SIZES), Optimizer(policy))
     assert len(ratios) > 1 and set(ratios) == {0.0}
 
 
 def test_later_minibatches_and_epochs_are_compared_with_the_policy_that_sampled(make_policy, ratios):
     policy = make_policy(minibatches=2, epochs=2, lr=1e-3, warmup_steps=0)
-    metrics = update(policy, sampled(policy, SIZES), Optimizer(policy.model, policy.config))
+    metrics = update(policy, sampled(policy, SIZES), Optimizer(policy))
     assert len(ratios) == 4
     assert ratios[0] == 0.0 and min(ratios[1:]) > 1e-4
     assert metrics["sampling/logp_gap/mean"] < 1e-5  # of the policy that sampled, not of the one that came of it
@@ -275,7 +290,7 @@ def test_each_minibatch_has_its_own_n(make_policy):
     set_advantages(groups)
     first, second = gradients(policy, groups)
     one = make_policy(importance="none")
-    one.model = policy.model
+    one.trained = policy.trained
     assert_same(first, gradients(one, groups[:2])[0])
     assert_same(second, gradients(one, groups[2:])[0])
 
@@ -292,7 +307,7 @@ def test_a_sampler_that_disagrees_stops_the_run_before_any_weight_changes(make_p
         for completion in group.completions:
             completion.logprobs[:] = [value + fault for value in completion.logprobs]
     before = weights(policy)
-    optimizer = Optimizer(policy.model, policy.config)
+    optimizer = Optimizer(policy)
     with pytest.raises(SamplerGap, match=r"sampling.gap_limit=0.1: .*(0\.5|nan) nats"):
         update(policy, groups, optimizer)
     assert_unchanged(policy, before)
@@ -319,7 +334,7 @@ def test_the_gap_metrics_by_hand(make_policy):
 
 def test_a_non_finite_gradient_changes_nothing_and_three_in_a_row_stop_the_run(make_policy):
     policy = make_policy(warmup_steps=0, weight_decay=0.1)
-    optimizer = Optimizer(policy.model, policy.config)
+    optimizer = Optimizer(policy)
     good, bad = sampled(policy, SIZES), sampled(policy, SIZES)
     bad[0].advantages[0] = math.inf
     before = weights(policy)
@@ -347,7 +362,7 @@ def test_a_non_finite_gradient_changes_nothing_and_three_in_a_row_stop_the_run(m
 
 def test_the_learning_rate_warms_up_in_a_line_and_stays(make_policy):
     policy = make_policy(lr=3e-6, warmup_steps=3, gap_limit=9.0)
-    optimizer = Optimizer(policy.model, policy.config)
+    optimizer = Optimizer(policy)
     groups = sampled(policy, [[2, 3]])
     rates = [update(policy, groups, optimizer)["learning_rate"] for _ in range(5)]
     assert rates == pytest.approx([1e-6, 2e-6, 3e-6, 3e-6, 3e-6])
@@ -355,14 +370,14 @@ def test_the_learning_rate_warms_up_in_a_line_and_stays(make_policy):
 
 def test_without_warm_up_the_first_step_has_the_whole_rate(make_policy):
     policy = make_policy(lr=1e-6, warmup_steps=0)
-    assert Optimizer(policy.model, policy.config).learning_rate() == 1e-6
+    assert Optimizer(policy).learning_rate() == 1e-6
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(make_policy):
     policy = make_policy(max_grad_norm=1e-3)
     groups = sampled(policy, SIZES)
     expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients(policy, groups)[0].values()))
-    optimizer = Optimizer(policy.model, policy.config)
+    optimizer = Optimizer(policy)
     metrics = update(policy, groups, optimizer)
     assert metrics["grad_norm"] == pytest.approx(expected, rel=1e-4) and expected > 1e-2
     # AdamW's first moment after one step is (1 − β1) × the clipped gradient
@@ -383,13 +398,13 @@ def test_an_update_makes_the_better_answers_likelier(make_policy):
         return total
 
     before = objective()
-    update(policy, groups, Optimizer(policy.model, policy.config))
+    update(policy, groups, Optimizer(policy))
     assert objective() > before + 0.01
 
 
 def test_kl_is_reported_when_there_is_a_reference(make_policy):
     policy = make_policy(beta=0.04, lr=1e-4, warmup_steps=0, gap_limit=9.0)
-    optimizer, groups = Optimizer(policy.model, policy.config), sampled(policy, SIZES)
+    optimizer, groups = Optimizer(policy), sampled(policy, SIZES)
     assert update(policy, groups, optimizer)["kl"] == 0
     assert update(policy, groups, optimizer)["kl"] > 0
     policy.replace_reference()
@@ -399,7 +414,7 @@ def test_kl_is_reported_when_there_is_a_reference(make_policy):
 
 def test_under_lora_only_adapters_learn_and_the_reference_is_without_them(make_policy):
     policy = make_policy(lora=LoraConfig(rank=2), beta=0.04, lr=1e-2, warmup_steps=0, gap_limit=9.0)
-    optimizer, groups = Optimizer(policy.model, policy.config), sampled(policy, SIZES)
+    optimizer, groups = Optimizer(policy), sampled(policy, SIZES)
     before = weights(policy)
     reference = {}
     batch = rl.update._minibatch(policy, groups).batches[0]

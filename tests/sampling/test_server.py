@@ -142,8 +142,6 @@ def test_several_servers_share_the_prompts_by_their_order(start, join):
         server.spoil = lambda reply, prompts=prompts: prompts.extend(c["prompt_token_ids"] for c in reply["choices"])
     for rank in (0, 1):
         pool = join(*servers, rank=rank)
-        for member in pool.members:
-            member.follows = False
         synced(pool, v3(1), 1)
         for prompts in asked:
             prompts.clear()
@@ -438,39 +436,35 @@ def test_an_answer_that_is_not_whole_counts_for_nothing(start, join, spoil, said
 # Several trainers.
 
 
-def test_another_process_of_the_run_waits_for_the_weights_and_proves_they_are_its_own(start, join):
-    server = start()
-    first, second = join(server), join(server, rank=1)
-    loads: list[int] = []
-    load = server.sampler.load
-    server.sampler.load = lambda weights, version: [loads.append(1), load(weights, version=0)][1]
-    threading.Timer(0.5, lambda: synced(first, v3(1), 1)).start()
-    assert synced(second, v3(1), 1).version == 1
-    assert loads == [1]
-    assert second.sample(PROMPTS, SHORT, seeds=SEEDS) == in_this_process(v3(1), 1).sample(PROMPTS, SHORT, seeds=SEEDS)
-    second.members[0].time_limit = 1
-    with pytest.raises(EngineLost, match=r"holds weights '1:\w+'; nobody brought '1:\w+'"):
-        synced(second, v3(2), 1)  # the same version, of other weights
-
-
-def test_whoever_notices_a_loss_brings_the_weights_and_whoever_comes_second_leaves_them(start, join):
+def test_another_process_of_the_run_samples_from_what_the_first_has_attested_and_from_nothing_else(start, join):
     server = start(name="first")
-    pools = [join(server), join(server, rank=1)]
-    for pool in pools:
-        synced(pool, v3(1), 1)
+    first, second = join(server), join(server, rank=1)
+    report = synced(first, v3(1), 1)
+    second.follow(report.fingerprints, version=1)
+    ours = in_this_process(v3(1), 1).sample(PROMPTS, SHORT, seeds=SEEDS)
+    assert second.version == 1 and second.sample(PROMPTS, SHORT, seeds=SEEDS) == ours
+    with pytest.raises(EngineLost, match=r"holds weights '1:\w+'; '2:\w+' were attested"):
+        second.follow(report.fingerprints, version=2)
+    with pytest.raises(WeightsMismatch, match="holds no attested weights"):
+        second.sample(PROMPTS, SHORT, seeds=SEEDS)
+
+
+def test_after_a_loss_all_follow_the_first_again(start, join):
+    server = start(name="first")
+    first, second = join(server), join(server, rank=1)
+    second.follow(synced(first, v3(1), 1).fingerprints, version=1)
     port = at(server)
     server.close()
-    server = start(port=port, name="second")
-    loads: list[int] = []
-    load = server.sampler.load
-    server.sampler.load = lambda weights, version: [loads.append(1), load(weights, version=0)][1]
-    for pool in reversed(pools):
-        with pytest.raises(EngineLost):
-            pool.sample(PROMPTS, SHORT, seeds=SEEDS)
+    start(port=port, name="second")
+    with pytest.raises(EngineLost):
+        second.sample(PROMPTS, SHORT, seeds=SEEDS)
+    for pool in (first, second):
         pool.restart()
-        synced(pool, v3(1), 1)
-    assert loads == [1]
-    assert [pool.members[0].follows for pool in pools] == [False, True]
+    with pytest.raises(EngineLost, match="were attested"):  # not before the first has brought them
+        second.follow(first._previous[0].fingerprints, version=1)
+    second.follow(synced(first, v3(1), 1).fingerprints, version=1)
+    ours = in_this_process(v3(1), 1).sample(PROMPTS, SHORT, seeds=SEEDS)
+    assert second.sample(PROMPTS, SHORT, seeds=SEEDS) == ours
 
 
 # Who may, and what is said.

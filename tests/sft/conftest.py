@@ -2,13 +2,10 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +18,7 @@ from recipes.tiny import make_tokenizer
 from runtime.metrics import read_metrics
 from sft.config import CheckpointConfig, EvaluationConfig, OptimConfig, SFTConfig
 from sft.mix import SourceConfig
-
-ROOT = Path(__file__).parents[2]
-ZYGOTE = ROOT / "tests/zygote.py"
+from tests.commands import Forks
 
 
 @pytest.fixture(scope="session")
@@ -103,75 +98,16 @@ def config(v3: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> SF
     )
 
 
-class Ended(NamedTuple):
-    """What came of a command."""
+class Commands(Forks):
+    """`python -m recipes.sft`."""
 
-    code: int
-    """Exit code of its first process, or minus the signal that ended it."""
-    codes: list[int]
-    """Of all its processes."""
-    seconds: float
-    output: str
-    """What all its processes said."""
-
-
-class Commands:
-    """`python -m recipes.sft`, as children of tests/zygote.py, which has paid for the imports."""
+    sft = Forks.run
 
     def __init__(self, config: SFTConfig, folder: Path, *, disk: str | None = None) -> None:
         """folder: for settings and output. disk: options of a tmpfs at folder/disk, say "size=4m"."""
-        self.config, self.folder = config, folder
-        (folder / "disk").mkdir()
+        self.config = config
         (folder / "run.yaml").write_text(yaml.safe_dump(to_dict(config)))
-        # A small disk is a mount that only the commands see.
-        mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"', "sh"]
-        self._zygote = subprocess.Popen(
-            [
-                *([] if disk is None else [*mount, disk, str(folder / "disk")]),
-                *(sys.executable, str(ZYGOTE), "recipes.sft"),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def sft(
-        self,
-        run_dir: Path,
-        *flags: str,
-        processes: int = 1,
-        kill_after: float | None = None,
-        signum: int = signal.SIGKILL,
-        **environment: str,
-    ) -> Ended:
-        """Run it to its end with these flags and variables, and with --resume, which also starts a run.
-
-        kill_after: seconds after which all its processes get the signal.
-        """
-        outputs = [self.folder / f"output-{rank}" for rank in range(processes)]
-        request = dict(
-            arguments=["--config", str(self.folder / "run.yaml"), "--run_dir", str(run_dir), "--resume", *flags],
-            environment=environment,
-            outputs=list(map(str, outputs)),
-            kill_after=kill_after,
-            signum=int(signum),
-        )
-        assert self._zygote.stdin is not None and self._zygote.stdout is not None
-        self._zygote.stdin.write(json.dumps(request) + "\n")
-        self._zygote.stdin.flush()
-        codes, seconds = json.loads(self._zygote.stdout.readline())
-        return Ended(codes[0], codes, seconds, "".join(output.read_text() for output in outputs))
-
-    @property
-    def disk(self) -> Path:
-        """folder/disk as the commands see it."""
-        return Path(f"/proc/{self._zygote.pid}/root{self.folder}/disk")
-
-    def close(self) -> None:
-        """It leaves when its input ends."""
-        self._zygote.communicate()
+        super().__init__("recipes.sft", folder, disk=disk)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,116 @@
+"""GRPO over several processes: whatever weights are spread over, the run is the same, also killed, lost and resumed."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runtime.metrics import read_metrics
+
+TWO = ("--sampling.backend=native", "--prompts_per_step=4")
+
+MANY_PASSES = ("--optim.microbatch_tokens=16", "--optim.minibatches=2", "--optim.epochs=2")
+"""As many passes as there are completions of some length: two processes seldom have as many as each other."""
+
+
+@pytest.fixture(scope="module")
+def run(commands, tmp_path_factory):
+    """A run's folder after a command that ended well."""
+
+    def start(*flags: str, processes: int, run_dir: Path | None = None, **options: Any) -> Path:
+        run_dir = run_dir or tmp_path_factory.mktemp("run") / "run"
+        ended = commands.grpo(run_dir, *TWO, *flags, processes=processes, **options)
+        assert ended.codes == [0] * processes, ended.output
+        return run_dir
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def replicated(run) -> Path:
+    return run("--shard=false", processes=2)
+
+
+@pytest.fixture(scope="module")
+def sharded(run) -> Path:
+    return run(processes=2)
+
+
+def rows(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    return pq.read_table(run_dir / f"rollouts/step-{step:06d}.parquet").to_pylist()
+
+
+def assert_same(a: Path, b: Path, *, limit: float = 2e-5) -> None:
+    """Sampled tokens, what the update said of them, and the weights after it all."""
+    for step in (1, 2, 3):
+        one, two = ([row["completion_ids"] for row in rows(run, step)] for run in (a, b))
+        assert one == two
+    lines = [[m for m in read_metrics(run / "metrics.jsonl") if "loss" in m] for run in (a, b)]
+    for name in ("loss", "grad_norm", "kl", "entropy", "sampling/logp_gap/mean", "weights/canary_mean"):
+        one, two = ([m[name] for m in part] for part in lines)
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5), name
+    final = [load_file(run / "checkpoints/final/model.safetensors") for run in (a, b)]
+    assert final[0].keys() == final[1].keys()
+    for name, tensor in final[0].items():
+        if name.endswith("mlp.gate.weight"):
+            continue  # one expert a token, weight 1 whatever its score: the gradient is rounding, which Adam blows up
+        torch.testing.assert_close(
+            tensor, final[1][name], rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_two_sharded_processes_come_to_what_two_whole_ones_do(replicated, sharded):
+    """With a reference that is replaced on the way, dynamic sampling and a curriculum."""
+    assert_same(replicated, sharded)
+    assert any(m["kl"] > 0 for m in read_metrics(sharded / "metrics.jsonl") if "kl" in m)
+
+
+@pytest.mark.parametrize("flags", [MANY_PASSES, pytest.param(("--lora.rank=2", "--loss.reference_every=0"), id="lora")])
+def test_processes_with_more_and_fewer_passes_than_each_other(run, flags):
+    assert_same(run(*flags, "--shard=false", processes=2), run(*flags, processes=2))
+
+
+def test_a_process_without_anything_to_train_on_takes_part(run, commands):
+    """Rewards of the second process's prompts alone are unknown."""
+    (commands.folder / "partial_rewards.py").write_text(
+        "def known(prompts, completion_ids, **_):\n"
+        "    half = ['0 + 0' in str(p) or '2 + 2' in str(p) for p in prompts]\n"
+        "    return [float(sum(ids) % 2) if k else None for k, ids in zip(half, completion_ids)]\n"
+    )
+    flags = ('--rewards={"partial_rewards.known": 1.0}', "--dynamic_sampling.max_rounds=0", "--curriculum.reward=null")
+    one, two = run(*flags, "--shard=false", processes=2), run(*flags, processes=2)
+    known = {row["process"]: row["reward"] is not None for row in rows(two, 1)}
+    assert len(set(known.values())) == 2, known  # one process has nothing
+    assert_same(one, two)
+
+
+def test_killed_it_resumes_bit_for_bit_and_goes_on_whole_in_one_process(run, commands, outcome, sharded, tmp_path):
+    ended = commands.grpo(tmp_path / "run", *TWO, processes=2, FAILPOINT="checkpoint/before-rename:2")
+    assert ended.code == -signal.SIGKILL and 0 not in ended.codes, ended.output
+    run(processes=2, run_dir=tmp_path / "run")
+    whole, found = outcome(sharded), outcome(tmp_path / "run")
+    assert [name for name in sorted(whole.keys() | found.keys()) if whole.get(name) != found.get(name)] == []
+
+
+def test_a_run_goes_on_with_another_number_of_processes(run, commands, tmp_path):
+    for step, processes in ((1, 1), (2, 2)):
+        ended = commands.grpo(
+            tmp_path / "run", *TWO, processes=processes, FAILPOINT="step/synced:1", FAILPOINT_SIGNAL="SIGTERM"
+        )
+        assert ended.codes == [128 + signal.SIGTERM] * processes, ended.output
+        assert (tmp_path / f"run/checkpoints/step-{step:06d}").is_dir()
+    run(processes=1, run_dir=tmp_path / "run")
+    assert [m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in m] == [1, 2, 3]
+
+
+def test_an_engine_lost_in_one_process_is_brought_back_in_step_with_the_other(commands, sharded, tmp_path):
+    """Both die at every fifth call, and each is asked again."""
+    flags = ("--sampling.process=true", "--sampling.max_restarts=20")
+    ended = commands.grpo(tmp_path / "run", *TWO, *flags, processes=2, FAILPOINT="engine/sample:3")
+    assert ended.codes == [0, 0], ended.output
+    assert "starting it again" in ended.output
+    assert_same(sharded, tmp_path / "run")
