@@ -147,7 +147,7 @@ def rows(what: str, results: dict[str, list[list[float]]], tokens: int) -> list[
 
 def parity(policy: Policy, groups: Sequence[Group], plain: Plain) -> tuple[float, float]:
     """Relative differences of loss and gradient, in fp32."""
-    recorder = Recorder(policy.model, policy.config)
+    recorder = Recorder(policy)
     loss = update(policy, groups, recorder)["loss"]
     theirs = plain.backward()
     gradients = {name: p.grad for name, p in plain.model.named_parameters()}

@@ -43,6 +43,7 @@ from rewards import REWARDS
 from rl.prompts import PromptSource, make_source
 from runtime.models import load_causal_lm, load_tokenizer
 from runtime.rows import load_rows
+from runtime.weights import save_pretrained
 from sft.chat import encode_prompt
 
 LR, WARMUP = 1e-4, 3
@@ -79,7 +80,7 @@ def ours(turns: Turns, start: Path, seed: int, backend: Any, args: argparse.Name
 
         for _ in turns:
             answer = timed(loop)
-            run.policy.save_pretrained(final)
+            save_pretrained(final, run.policy.model, run.policy.tokenizer)
             turns.answer(answer)
 
 

@@ -223,7 +223,7 @@ def of_grpo(folder: Path, case: Case) -> Measured:
     policy = update.make_policy(folder, case.tokens)
     policy.config = replace(policy.config, precision="bf16" if case.bf16 else "fp32")
     policy.world.precision = policy.config.precision
-    optimizer = Updates(policy.model, policy.config)
+    optimizer = Updates(policy)
     groups = update.make_groups(policy, _rollout(case))
     work = partial(update.update, policy, groups, optimizer)
     work()

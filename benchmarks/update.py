@@ -152,7 +152,7 @@ class Recorder(Optimizer):
     """Keeps the gradient instead of following it."""
 
     def step(self) -> float:
-        self.gradient = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.gradient = {name: p.grad for name, p in self.model.model.named_parameters() if p.grad is not None}
         for p in self.model.parameters():
             p.grad = None
         return 0.0
@@ -322,7 +322,7 @@ def _peer_work(model: Any, inputs: dict[str, torch.Tensor]) -> None:
 
 def parity(trainer: Any, policy: Policy, groups: Sequence[Group]) -> dict[str, float]:
     """Relative differences of loss and gradient: our update's, in micro-batches, and TRL's training step's."""
-    recorder = Recorder(policy.model, policy.config)
+    recorder = Recorder(policy)
     loss = update(policy, groups, recorder)["loss"]
     theirs = sum(micro_step(trainer) for _ in range(trainer.args.gradient_accumulation_steps))
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}

@@ -52,12 +52,17 @@ def plan_grpo(config: GRPOConfig, model: DeepseekV3Config, options: PlanConfig, 
     """Of `python -m recipes.grpo` with these settings, which `arguments` gave."""
     census, step = count(model, config.lora), _step(config, options)
     bf16 = dataclasses.replace(config, precision="bf16")
+    again = dataclasses.replace(bf16, gradient_checkpointing=True)
     fewest = min(config.optim.microbatch_tokens, step.prompt + step.longest)
-    fewer = dataclasses.replace(bf16, optim=dataclasses.replace(config.optim, microbatch_tokens=fewest))
-    changes = [("precision bf16", bf16), (f"precision bf16, optim.microbatch_tokens {fewest}", fewer)]
+    fewer = dataclasses.replace(again, optim=dataclasses.replace(config.optim, microbatch_tokens=fewest))
+    changes = [
+        ("precision bf16", bf16),
+        ("precision bf16, gradient_checkpointing", again),
+        (f"precision bf16, gradient_checkpointing, optim.microbatch_tokens {fewest}", fewer),
+    ]
 
     def make(config: GRPOConfig, options: PlanConfig, launched: bool) -> Plan:
-        return _plan(config, census, options, step, arguments, sharded=not launched and options.gpus > 1)
+        return _plan(config, census, options, step, arguments, launched=launched or options.gpus == 1)
 
     return advised(make, config, options, changes)
 
@@ -78,20 +83,22 @@ def _plan(
     step: _Step,
     arguments: Sequence[str],
     *,
-    sharded: bool,
+    launched: bool,
 ) -> Plan:
-    """sharded: FSDP2 and vLLM servers, to be built; otherwise what the recipe does, whole copies in every process."""
+    """launched: what the recipe does, FSDP2 with a sampler in every process; otherwise layouts to be built, with
+    vLLM servers on the trainer's GPUs."""
     kind = gpu(options.gpu)
     kernels = Kernels(bf16=config.precision == "bf16", cuda=kind.name != "cpu")
     # Micro-batches hold so many tokens, but one completion with its prompt at least.
     tokens = max(config.optim.microbatch_tokens, step.prompt + step.longest)
     family = step.prompt + config.group_size * step.longest
     tokens = min(tokens, config.prompts_per_step // config.optim.minibatches * family)
-    if sharded:
-        layout = layout_for(census, kernels, options, tokens=tokens, checkpointing=True)
-        layout = dataclasses.replace(layout, launched=False)
+    checkpointing = config.gradient_checkpointing or not launched
+    if launched:
+        layout = Layout(gpus=options.gpus, sharded=config.shard and options.gpus > 1, launched=True)
     else:
-        layout = Layout(gpus=options.gpus, sharded=False, launched=True)
+        layout = layout_for(census, kernels, options, tokens=tokens, checkpointing=checkpointing)
+        layout = dataclasses.replace(layout, launched=False)
     own = -(-config.prompts_per_step // layout.data)
     most = -(-own // config.optim.minibatches) * family
     work = Work(
@@ -100,7 +107,7 @@ def _plan(
         passes=-(-most // tokens),
         summed=False,
         kernels=kernels,
-        checkpointing=sharded,
+        checkpointing=checkpointing,
         adapters=config.lora is not None,
     )
     lines = training(census, work, layout)
@@ -114,10 +121,10 @@ def _plan(
         f"sampling: {sampler.name}; {sampler.rows} sequences at a time on every {where}",
         *to_build(layout),
     ]
-    if sharded:
-        notes.append("to be built, too: gradient checkpointing in the update, sharded weights sent to the servers")
-    elif layout.gpus > 1:
-        notes.append("recipes.grpo does not shard: every process holds all weights and the optimizer")
+    if not launched:
+        notes.append("to be built, too: servers that sleep on the trainer's GPUs; recipes.grpo knows those of others")
+    elif layout.gpus > 1 and config.sampling.backend != "server":
+        notes.append("every process samples with a whole copy; with sampling.backend=server none is held here")
     if own < config.optim.minibatches:
         notes.append(
             f"optim.minibatches={config.optim.minibatches}: a rank has groups for {own} of them, so a step has {own} "
@@ -160,6 +167,9 @@ def _sampler(
     if not layout.launched:
         return colocated(census, kind, whole, gpus=layout.gpus, resident=total(lines, SAMPLING))
     own = dataclasses.replace(whole, prompts=-(-config.prompts_per_step // layout.gpus))
+    if config.sampling.backend == "server":
+        name = "servers, whose GPUs are not in this plan; its time is that of our own decoder on as many as here"
+        return dataclasses.replace(native(census, own, PHASES), name=name, lines=[])
     if layout.gpus > 1 or config.sampling.backend == "native":
         return native(census, own, PHASES)
     fp32 = config.sampling.dtype == "float32" or (config.sampling.dtype == "auto" and kind.name == "cpu")
@@ -238,7 +248,8 @@ def _commands(
     config: GRPOConfig, layout: Layout, sampler: Sampler, options: PlanConfig, arguments: Sequence[str], step: _Step
 ) -> list[str]:
     kind = gpu(options.gpu)
-    native = ["--sampling.backend", "native"] if layout.launched and layout.gpus > 1 else []
+    inside = layout.launched and layout.gpus > 1 and config.sampling.backend != "server"
+    native = ["--sampling.backend", "native"] if inside else []
     trainer = launch(layout, kind, recipe_command("grpo", config.model, [*arguments, *native]))
     if layout.launched:
         return trainer

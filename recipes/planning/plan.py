@@ -236,4 +236,4 @@ def to_build(layout: Layout) -> Iterator[str]:
     pieces.append("fully_shard with its mixed precision")
     if layout.tensor > 1:
         pieces.append("torch's parallelize_module")
-    yield f"recipes launch one process, or FSDP2 alone for SFT; to build this: {', '.join(pieces)}"
+    yield f"recipes launch one process, or FSDP2 alone; to build this: {', '.join(pieces)}"

@@ -1,8 +1,8 @@
 """A census and what is to be sampled -> what the sampler holds on a GPU, and how many sequences it decodes together.
 
 Three samplers: a vLLM engine inside the trainer's process and our own decoder, which the recipe starts today, and vLLM
-servers on the trainer's GPUs that sleep while it trains, which are to be built. Left out: what an engine needs for its
-own activations and CUDA graphs, and prefix caches' savings.
+servers on the trainer's GPUs that sleep while it trains, which are to be built. Left out: servers on other machines,
+what an engine needs for its own activations and CUDA graphs, and prefix caches' savings.
 """
 
 import math

@@ -76,7 +76,7 @@ def test_one_update_is_the_cpus(folder: Path) -> None:
     groups = make_groups(policy_on(folder, "cpu"), CASE)
     for device in ("cpu", "cuda"):
         policy = policy_on(folder, device)
-        recorder = Recorder(policy.model, policy.config)
+        recorder = Recorder(policy)
         metrics = update(policy, groups, recorder)
         losses[device], gradients[device] = metrics["loss"], recorder.gradient
         assert metrics["sampling/logp_gap/max"] < 1e-3  # log-probs are those of the CPU's policy

@@ -93,9 +93,16 @@ def test_a_launched_layout_comes_with_the_recipes_command(gpus: int) -> None:
     assert plan.commands[-1].endswith(f"-m recipes.sft --config {SHARDED} --rows_per_pass 2 --model CHECKPOINT")
 
 
-def test_many_processes_of_grpo_hold_whole_copies_and_sample_themselves() -> None:
-    _, (plan,) = plans(["--model", "20m", "--recipe", "grpo", "--gpus", "8"])
+def test_many_processes_of_grpo_are_sharded_and_sample_themselves_or_on_servers() -> None:
+    arguments = ["--model", "20m", "--recipe", "grpo", "--gpus", "8"]
+    _, (plan,) = plans([*arguments, "--shard", "false"])
     assert (plan.layout.launched, plan.layout.shards) == (True, 1)
+    servers = ["--sampling.backend", "server", "--sampling.server_urls", '["http://a:1"]']
+    _, (plan,) = plans([*arguments, *servers])
+    assert not any(line.name.startswith("sampler") for line in plan.lines)
+    assert "native" not in plan.commands[-1]
+    _, (plan,) = plans(arguments)
+    assert (plan.layout.launched, plan.layout.shards) == (True, 8)
     assert plan.commands[-1].endswith("-m recipes.grpo --sampling.backend native --model CHECKPOINT")
     names = {line.name: line.bytes for line in plan.lines}
     assert names["sampler weights"]["backward"] == 4 * plan.census.total
@@ -215,7 +222,7 @@ def test_compute_of_grpo_is_what_torch_counts(minibatches: int, tmp_path: Path) 
     policy = make_policy(make_checkpoint(tmp_path / "model", "tiny"))
     policy.config = replace(policy.config, optim=replace(policy.config.optim, minibatches=minibatches))
     groups = make_groups(policy, Case(preset="tiny", groups=2, prompt=8, mean=100, longest=100))
-    counted = flops_of(lambda: update(policy, groups, Optimizer(policy.model, policy.config)))
+    counted = flops_of(lambda: update(policy, groups, Optimizer(policy)))
     _, (plan,) = plans(
         f"--recipe grpo --steps 1 --prompts_per_step 2 --group_size 8 --optim.minibatches {minibatches} "
         "--prompt_tokens 8 --sampling.max_tokens 100 --completion_tokens 100".split()
