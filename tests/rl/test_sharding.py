@@ -13,8 +13,15 @@ from runtime.metrics import read_metrics
 
 TWO = ("--sampling.backend=native", "--prompts_per_step=4")
 
-MANY_PASSES = ("--optim.microbatch_tokens=16", "--optim.minibatches=2", "--optim.epochs=2")
-"""As many passes as there are completions of some length: two processes seldom have as many as each other."""
+REWARDS = """
+def patchy(completion_ids, **_):
+    return [float(sum(ids) % 2) if sum(ids) % 3 else None for ids in completion_ids]
+
+def half(prompts, completion_ids, **_):
+    known = ["0 + 0" in str(prompt) or "2 + 2" in str(prompt) for prompt in prompts]
+    return [float(sum(ids) % 2) if k else None for k, ids in zip(known, completion_ids)]
+"""
+"""Unknown here and there, and for two problems of the four."""
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +76,36 @@ def test_two_sharded_processes_come_to_what_two_whole_ones_do(replicated, sharde
     assert any(m["kl"] > 0 for m in read_metrics(sharded / "metrics.jsonl") if "kl" in m)
 
 
-@pytest.mark.parametrize("flags", [MANY_PASSES, pytest.param(("--lora.rank=2", "--loss.reference_every=0"), id="lora")])
-def test_processes_with_more_and_fewer_passes_than_each_other(run, flags):
-    assert_same(run(*flags, "--shard=false", processes=2), run(*flags, processes=2))
+@pytest.fixture
+def rewarded(commands):
+    """Flags for one of REWARDS, and nothing else that its groups would steer."""
+    (commands.folder / "unknown_rewards.py").write_text(REWARDS)
+    plain = ("--dynamic_sampling.max_rounds=0", "--curriculum.reward=null")
+    return lambda name: (f'--rewards={{"unknown_rewards.{name}": 1.0}}', *plain)
 
 
-def test_a_process_without_anything_to_train_on_takes_part(run, commands):
-    """Rewards of the second process's prompts alone are unknown."""
-    (commands.folder / "partial_rewards.py").write_text(
-        "def known(prompts, completion_ids, **_):\n"
-        "    half = ['0 + 0' in str(p) or '2 + 2' in str(p) for p in prompts]\n"
-        "    return [float(sum(ids) % 2) if k else None for k, ids in zip(half, completion_ids)]\n"
-    )
-    flags = ('--rewards={"partial_rewards.known": 1.0}', "--dynamic_sampling.max_rounds=0", "--curriculum.reward=null")
+def known(run_dir: Path, process: int) -> int:
+    """Completions of the first step that a process trains on."""
+    return sum(row["process"] == process and row["reward"] is not None for row in rows(run_dir, 1))
+
+
+def test_processes_may_have_more_and_fewer_passes_than_each_other(run, rewarded):
+    """A pass for each completion, and two epochs of two minibatches, so that π_old takes passes, too."""
+    flags = ("--optim.microbatch_tokens=1", "--optim.minibatches=2", "--optim.epochs=2", *rewarded("patchy"))
     one, two = run(*flags, "--shard=false", processes=2), run(*flags, processes=2)
-    known = {row["process"]: row["reward"] is not None for row in rows(two, 1)}
-    assert len(set(known.values())) == 2, known  # one process has nothing
+    assert known(two, 0) != known(two, 1)
     assert_same(one, two)
+
+
+def test_a_process_without_anything_to_train_on_takes_part(run, rewarded):
+    one, two = run(*rewarded("half"), "--shard=false", processes=2), run(*rewarded("half"), processes=2)
+    assert sorted([known(two, 0), known(two, 1)]) == [0, 6]
+    assert_same(one, two)
+
+
+def test_adapters_are_sharded_too(run):
+    flags = ("--lora.rank=2", "--loss.reference_every=0")
+    assert_same(run(*flags, "--shard=false", processes=2), run(*flags, processes=2))
 
 
 def test_killed_it_resumes_bit_for_bit_and_goes_on_whole_in_one_process(run, commands, outcome, sharded, tmp_path):
