@@ -9,7 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rl.engine import Engine
 from runtime.metrics import read_metrics
+from runtime.weights import checkpoint_tensors
+from sampling.attest import SyncReport, WeightsMismatch
+from sampling.transfer import fingerprints_of
 
 TWO = ("--sampling.backend=native", "--prompts_per_step=4")
 
@@ -134,3 +138,19 @@ def test_an_engine_lost_in_one_process_is_brought_back_in_step_with_the_other(co
     assert ended.codes == [0, 0], ended.output
     assert "starting it again" in ended.output
     assert_same(sharded, tmp_path / "run")
+
+
+def test_a_process_whose_whole_weights_are_not_the_firsts_says_which(make_policy):
+    policy = make_policy()
+    report = SyncReport(
+        version=1, seconds=0, canary_mean=0, canary_max=0, tensors=0, bytes=0,
+        fingerprints=fingerprints_of(checkpoint_tensors(policy.model)),
+    )  # fmt: skip
+    with torch.no_grad():
+        policy.causal_lm.model.norm.weight[0] += 1e-6
+    engine = object.__new__(Engine)
+    engine.policy, engine.world = policy, policy.world
+    with pytest.raises(
+        WeightsMismatch, match=r"process 0 trains other weights .*: 1 of \d+ tensors differ, model.norm"
+    ):
+        engine._follow(None, report)
