@@ -1,6 +1,6 @@
 """What the tiny chain needs besides the built-in stories, made of a seed: demonstrations, general data, a student.
 
-The cold start's demonstrations have three habits: seven in ten jump to the answer, two work it out in English, and one
+The cold start's demonstrations have three habits: five in ten jump to the answer, four work it out in English, and one
 works it out in Chinese. Reinforcement finds out which is right; the reward for language consistency, which is legible.
 General data are questions about the same stories that want a word and no reasoning.
 """
@@ -20,7 +20,7 @@ from runtime.files import make_folder, replacing
 from runtime.stories import stories
 from runtime.weights import save_pretrained
 
-DEMONSTRATIONS, GENERAL = 12_000, 2_000
+DEMONSTRATIONS, GENERAL = 11_000, 2_000
 HAN = "个"
 """The Chinese word for a piece of anything."""
 
@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 def demonstrations(seed: int) -> Rows:
     """Stories with one of three kinds of answers."""
     return [
-        _conversation(row["prompt"], [row["direct"], worked(row), worked(row, HAN)][(i % 10 >= 7) + (i % 10 == 9)])
+        _conversation(row["prompt"], [row["direct"], worked(row), worked(row, HAN)][(i % 10 >= 5) + (i % 10 == 9)])
         for i, row in enumerate(stories(DEMONSTRATIONS, split="train", seed=seed))
     ]
 

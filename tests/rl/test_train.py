@@ -440,7 +440,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     process = subprocess.Popen(
         [*command, "--steps", "2000"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1200  # also makes the tiny model, if it is not in the cache
     while len(list(tmp_path.glob("run/rollouts/*.parquet"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.2)
         assert process.poll() is None, process.stderr.read()
