@@ -112,7 +112,7 @@ def test_adapters_are_sharded_too(run):
     assert_same(run(*flags, "--shard=false", processes=2), run(*flags, processes=2))
 
 
-def test_killed_it_resumes_bit_for_bit_and_goes_on_whole_in_one_process(run, commands, outcome, sharded, tmp_path):
+def test_one_of_two_killed_they_resume_bit_for_bit(run, commands, outcome, sharded, tmp_path):
     ended = commands.grpo(tmp_path / "run", *TWO, processes=2, FAILPOINT="checkpoint/before-rename:2")
     assert ended.code == -signal.SIGKILL and 0 not in ended.codes, ended.output
     run(processes=2, run_dir=tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_another_number_of_processes(run, commands, tmp_path)
     assert [m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in m] == [1, 2, 3]
 
 
-def test_an_engine_lost_in_one_process_is_brought_back_in_step_with_the_other(commands, sharded, tmp_path):
+def test_engines_lost_are_brought_back_in_step_with_each_other(commands, sharded, tmp_path):
     """Both die at every fifth call, and each is asked again."""
     flags = ("--sampling.process=true", "--sampling.max_restarts=20")
     ended = commands.grpo(tmp_path / "run", *TWO, *flags, processes=2, FAILPOINT="engine/sample:3")
