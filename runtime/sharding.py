@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from runtime.distributed import World
+from runtime.weights import checkpoint_views
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _WHOLE_EVERYWHERE = StateDictOptions(full_state_dict=True)
@@ -40,7 +41,10 @@ class DistributedModel(nn.Module):
 
     def shard(self, layers: Iterable[nn.Module]) -> None:
         """Keep a part of every weight, on this process's device. The model may be on the CPU until now."""
-        self._skeleton = (_without_weights(self.model),)
+        skeleton = _without_weights(self.model)
+        if not hasattr(skeleton, "peft_config"):
+            checkpoint_views(skeleton)  # finds out once, for all whole copies, where a checkpoint's tensors lie
+        self._skeleton = (skeleton,)
         shard(self, layers, self.world)
 
     @property
