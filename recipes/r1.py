@@ -72,7 +72,7 @@ def table_rows(stages: Sequence[Stage], record: dict[str, dict[str, Any]]) -> li
 
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for people."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for head in ("run folder", "recipe"):
         table.add_column(head, no_wrap=True)
     for head in ("held-out accuracy", "format", "tokens", "steps", "time"):
