@@ -6,6 +6,7 @@ asked for anew: groups come whole or not at all. A server is waited for instead,
 Of several processes the first brings servers their weights, and where one has lost its engine all sync again.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -168,20 +169,16 @@ class Engine:
 
     def _attest(self, model: nn.Module, ours: list[list[float]]) -> SyncReport:
         """Send the weights and have them proved. ours: the policy's log-probs of the canary."""
+        send: Callable[..., SyncReport]
         if isinstance(self.sampler, ServerPool):
-            return self.sampler.sync(
-                lambda: checkpoint_tensors(model),
-                version=self.version,
-                canary=self.canary,
-                score_trainer=lambda _: ours,
-            )
-        self.synced = sync(
-            self.sampler,
+            send = self.sampler.sync  # it remembers each server's last report itself
+        else:
+            send = functools.partial(sync, self.sampler, previous=self.synced)
+        self.synced = send(
             lambda: checkpoint_tensors(model),
             version=self.version,
             canary=self.canary,
             score_trainer=lambda _: ours,
-            previous=self.synced,
         )
         return self.synced
 

@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +14,17 @@ from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.fp8.linear import use_fp8
 from rl.config import GRPOConfig
 from rl.types import Batch
-from runtime.adapters import add_adapters
+from runtime.adapters import ADAPTER, add_adapters, load_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import load_causal_lm, load_tokenizer, mtp_layer
-from runtime.packed import logprobs_at, plain_model, score_sequences
+from runtime.packed import decoder_layers, logprobs_at, plain_model, score_sequences
 from runtime.sharding import DistributedModel
 from runtime.state import load_state
 from runtime.weights import checkpoint_views
 
-ADAPTER, REFERENCE = "adapter", "reference"
-"""In a checkpoint: the adapters' folder, and the files of the reference."""
+REFERENCE = "reference"
+"""Files of a checkpoint that hold the reference."""
 
 
 class Policy:
@@ -62,19 +61,17 @@ class Policy:
         policy.eval()  # no dropout: π_old and π_θ must be the same function
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-            for layer in _layers(policy):
+            for layer in decoder_layers(policy):
                 layer.training = True  # of the block alone, which asks for it; what is in there may have dropout
         if config.lora is not None and checkpoint is not None:
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            set_peft_model_state_dict(policy, load_peft_weights(str(checkpoint / ADAPTER)))
+            load_adapters(policy, checkpoint / ADAPTER)
         self.trained = DistributedModel(policy, world)
         self.reference: DistributedModel | None = None
         if config.loss.beta > 0 and config.lora is None:
             self.reference = self._frozen_copy(None if checkpoint is None else load_state(checkpoint, REFERENCE))
         if sharded:
             for spread in filter(None, (self.trained, self.reference)):
-                spread.shard(_layers(spread.model))
+                spread.shard()
 
     @property
     def model(self) -> nn.Module:
@@ -134,12 +131,6 @@ class Policy:
         """log π(token_t | before), t = 1.., at temperature 1: the trainer's side of the attestation."""
         with self.world.autocast():
             return self.trained(score_sequences, sequences)
-
-
-def _layers(model: nn.Module) -> Iterable[nn.Module]:
-    """The blocks of a causal LM, with or without adapters."""
-    layers: Any = plain_model(model).base_model.layers
-    return layers
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

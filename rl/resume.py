@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rl.curriculum import Curriculum
-from rl.policy import ADAPTER, REFERENCE, Policy
+from rl.policy import REFERENCE, Policy
 from rl.update import Optimizer
+from runtime.adapters import ADAPTER
 from runtime.errors import UserError
 from runtime.models import tokenizer_hash
 from runtime.state import load_state, rng_state, save_state, set_rng_state

@@ -1,5 +1,7 @@
 """A model -> the same model with low-rank adapters to train (arXiv 2106.09685)."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -7,6 +9,9 @@ from transformers import PreTrainedModel
 from runtime.errors import UserError
 from runtime.models import mtp_layer
 from runtime.settings import LoraConfig
+
+ADAPTER = "adapter"
+"""Folder of a checkpoint that peft loads."""
 
 ATTENTION_PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -36,3 +41,10 @@ def add_adapters(base: PreTrainedModel, lora: LoraConfig, seed: int) -> nn.Modul
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, exclude_modules=excluded)
         return peft.get_peft_model(base, config)
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Give adapters the weights that `save_pretrained` of a model with such adapters wrote."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(folder)))

@@ -84,6 +84,12 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     return found.get_base_model() if hasattr(model, "peft_config") else found
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a causal LM, with or without adapters."""
+    base: Any = plain_model(model).base_model
+    return base.layers
+
+
 def packed_hidden(model: nn.Module, packed: Packed) -> Tensor:
     """Final hidden states (T, D) of packed samples, for our V3 or any transformers causal LM loaded as "packed"."""
     return _outputs(model, packed).last_hidden_state[0]

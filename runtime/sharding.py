@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from runtime.distributed import World
+from runtime.packed import decoder_layers
 from runtime.weights import checkpoint_views
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -39,13 +40,13 @@ class DistributedModel(nn.Module):
         self.model, self.world = model, world
         self._skeleton: tuple[nn.Module, ...] = ()  # in a tuple: no part of what is sharded
 
-    def shard(self, layers: Iterable[nn.Module]) -> None:
+    def shard(self) -> None:
         """Keep a part of every weight, on this process's device. The model may be on the CPU until now."""
         skeleton = _without_weights(self.model)
         if not hasattr(skeleton, "peft_config"):
             checkpoint_views(skeleton)  # finds out once, for all whole copies, where a checkpoint's tensors lie
         self._skeleton = (skeleton,)
-        shard(self, layers, self.world)
+        shard(self, decoder_layers(self.model), self.world)
 
     @property
     def is_sharded(self) -> bool:

@@ -95,7 +95,7 @@ class NativeServer:
         raise NoSuchModel(f"no {path} here")
 
     def _calls(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        return {"sampler_describe": self._describe, "sampler_load": self._load, "sampler_held": self._held}
+        return {"sampler_describe": self._describe, "sampler_load": self._load}
 
     def _in_turn(self, work: Callable[[], T]) -> T:
         return self._engine.submit(work).result()

@@ -7,15 +7,13 @@ is saved whole, so that a run may go on with another number of processes.
 from collections.abc import Callable
 from pathlib import Path
 
+from runtime.adapters import ADAPTER
 from runtime.errors import UserError
 from runtime.models import tokenizer_hash
 from runtime.state import load_state, rng_state, save_state, set_rng_state
 from runtime.weights import save_pretrained
 from sft.optimizer import Optimizer
 from sft.trainee import Trainee
-
-ADAPTER = "adapter"
-"""Folder of a checkpoint that peft loads."""
 
 
 def save_training_state(trainee: Trainee, optimizer: Optimizer, *, step: int, best: float) -> Callable[[Path], None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.adapters import ADAPTER
 from runtime.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
 from runtime.distributed import World
 from runtime.errors import UserError
@@ -41,7 +42,7 @@ from sft.epochs import Epochs
 from sft.evaluate import Accuracy, sampled_accuracy, source_losses
 from sft.optimizer import MAX_SKIPPED, Optimizer
 from sft.pack import Ints, plan_rows
-from sft.resume import ADAPTER, checkpoint_bytes, load_training_state, save_training_state
+from sft.resume import checkpoint_bytes, load_training_state, save_training_state
 from sft.store import Store
 from sft.trainee import Trainee
 

@@ -1,18 +1,17 @@
 """The model being fine-tuned: what it computes, and how it is spread over processes."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.fp8.linear import use_fp8
-from runtime.adapters import add_adapters
+from runtime.adapters import add_adapters, load_adapters
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.models import mtp_layer
-from runtime.packed import Packed, Targets, logprobs_to_sum, plain_model
+from runtime.packed import Packed, Targets, decoder_layers, logprobs_to_sum
 from runtime.sharding import DistributedModel
 from sft.config import SFTConfig
 
@@ -53,9 +52,7 @@ class Trainee(DistributedModel):
         super().__init__(model if config.lora is None else add_adapters(model, config.lora, config.seed), world)
         self.config, self.tokenizer = config, tokenizer
         if adapters is not None:
-            from peft import load_peft_weights, set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, load_peft_weights(str(adapters)))
+            load_adapters(self.model, adapters)
         mtp = mtp_layer(self.model)
         if mtp is None and config.mtp_loss:
             raise UserError(
@@ -64,12 +61,11 @@ class Trainee(DistributedModel):
             )
         if mtp is not None and not config.mtp_loss:
             mtp.requires_grad_(False)  # no gradient, and so no weight decay
-        layers: Any = plain_model(self.model).base_model.layers
         if config.compile:
-            for layer in layers:
+            for layer in decoder_layers(self.model):
                 layer.compile()
         if sharded:
-            self.shard(layers)
+            self.shard()
 
     def logprobs(
         self, packed: Packed, targets: Targets, further: Targets | None = None
