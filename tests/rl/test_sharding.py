@@ -52,7 +52,9 @@ def sharded(run) -> Path:
 
 
 def rows(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    return pq.read_table(run_dir / f"rollouts/step-{step:06d}.parquet").to_pylist()
+    """Of all processes, by prompt."""
+    table = pq.read_table(run_dir / f"rollouts/step-{step:06d}.parquet")
+    return sorted(table.to_pylist(), key=lambda row: row["prompt_index"])
 
 
 def assert_same(a: Path, b: Path, *, limit: float = 2e-5) -> None:
@@ -107,9 +109,14 @@ def test_a_process_without_anything_to_train_on_takes_part(run, rewarded):
     assert_same(one, two)
 
 
-def test_adapters_are_sharded_too(run):
+def test_adapters_are_sharded_and_resumed_too(run, commands, tmp_path):
     flags = ("--lora.rank=2", "--loss.reference_every=0")
-    assert_same(run(*flags, "--shard=false", processes=2), run(*flags, processes=2))
+    two = run(*flags, processes=2)
+    assert_same(run(*flags, "--shard=false", processes=2), two)
+    ended = commands.grpo(tmp_path / "run", *TWO, *flags, processes=2, FAILPOINT="step/updated:2")
+    assert ended.codes == [-signal.SIGKILL] * 2, ended.output
+    run(*flags, processes=2, run_dir=tmp_path / "run")
+    assert_same(two, tmp_path / "run", limit=0)
 
 
 def test_one_of_two_killed_they_resume_bit_for_bit(run, commands, outcome, sharded, tmp_path):
@@ -120,15 +127,17 @@ def test_one_of_two_killed_they_resume_bit_for_bit(run, commands, outcome, shard
     assert [name for name in sorted(whole.keys() | found.keys()) if whole.get(name) != found.get(name)] == []
 
 
-def test_a_run_goes_on_with_another_number_of_processes(run, commands, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(run, commands, rewarded, tmp_path):
+    """One step in one, one in two, and the last in one again."""
+    flags = rewarded("patchy")
     for step, processes in ((1, 1), (2, 2)):
         ended = commands.grpo(
-            tmp_path / "run", *TWO, processes=processes, FAILPOINT="step/synced:1", FAILPOINT_SIGNAL="SIGTERM"
+            tmp_path / "run", *TWO, *flags, processes=processes, FAILPOINT="step/synced:1", FAILPOINT_SIGNAL="SIGTERM"
         )
         assert ended.codes == [128 + signal.SIGTERM] * processes, ended.output
         assert (tmp_path / f"run/checkpoints/step-{step:06d}").is_dir()
-    run(processes=1, run_dir=tmp_path / "run")
-    assert [m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in m] == [1, 2, 3]
+    run(*flags, processes=1, run_dir=tmp_path / "run")
+    assert_same(run(*flags, processes=1), tmp_path / "run")
 
 
 def test_engines_lost_are_brought_back_in_step_with_each_other(commands, sharded, tmp_path):
