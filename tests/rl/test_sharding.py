@@ -141,9 +141,9 @@ def test_a_run_goes_on_with_another_number_of_processes(run, commands, rewarded,
 
 
 def test_engines_lost_are_brought_back_in_step_with_each_other(commands, sharded, tmp_path):
-    """Both die at every fifth call, and each is asked again."""
+    """Both die at their fifth answer, and are asked again."""
     flags = ("--sampling.process=true", "--sampling.max_restarts=20")
-    ended = commands.grpo(tmp_path / "run", *TWO, *flags, processes=2, FAILPOINT="engine/sample:3")
+    ended = commands.grpo(tmp_path / "run", *TWO, *flags, processes=2, FAILPOINT="engine/sample:5")
     assert ended.codes == [0, 0], ended.output
     assert "starting it again" in ended.output
     assert_same(sharded, tmp_path / "run")
