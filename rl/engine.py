@@ -2,10 +2,12 @@
 
 `sync` hands the policy's weights over and has the sampler prove that it holds them (design: attested weights). When an
 engine in a process of its own dies or hangs, it is started again, reloaded and attested, and what it was asked for is
-asked for anew: groups come whole or not at all. A server is waited for instead, until whoever started it has it again.
-Of several processes the first brings servers their weights, and where one has lost its engine all sync again.
+asked for anew: groups come whole or not at all. A server is waited for instead, until whoever started it has it again,
+or the run is told to leave. Of several processes the first brings servers their weights, and where one has lost its
+engine all sync again.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -39,10 +41,18 @@ class Engine:
     """The sampler of a run."""
 
     def __init__(
-        self, config: GRPOConfig, world: World, policy: Policy, *, model: Path | str, text: Sequence[int]
+        self,
+        config: GRPOConfig,
+        world: World,
+        policy: Policy,
+        *,
+        model: Path | str,
+        text: Sequence[int],
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """model: the checkpoint the policy was loaded from. text: token ids to make the canary of."""
-        self.policy, self.world = policy, world
+        """model: the checkpoint the policy was loaded from. text: token ids to make the canary of. leaving: whether to
+        give an engine up that is lost."""
+        self.policy, self.world, self.leaving = policy, world, leaving
         record = config.sampling.experts != "ignore"
         if record and not has_routers(policy.model):
             raise UserError(
@@ -57,7 +67,7 @@ class Engine:
         self.sampler: Sampler
         if config.sampling.backend == "server":
             positions = policy.causal_lm.config.max_position_embeddings
-            self.sampler = connect(config.sampling, positions=positions, rank=world.rank)
+            self.sampler = connect(config.sampling, positions=positions, rank=world.rank, leaving=leaving)
         else:
             self.sampler = make_sampler(
                 # Samplers know no adapters, which are merged on the way, nor parts of weights.
@@ -91,6 +101,8 @@ class Engine:
         )
         self.synced: SyncReport | None = None
         self.version = 0
+        self.given_up = False
+        """The engine was lost when the run was told to leave: nobody waits for it."""
 
     @property
     def name(self) -> str:
@@ -105,28 +117,33 @@ class Engine:
         """Times its process was started again, or lost servers were waited for."""
         return self.sampler.restarts if isinstance(self.sampler, ProcessSampler | ServerPool) else 0
 
-    def sync(self, version: int) -> SyncReport:
-        """Hand over the policy as it is now, and have the sampler prove that it holds it."""
+    def sync(self, version: int) -> SyncReport | None:
+        """Hand over the policy as it is now, and have the sampler prove that it holds it. None if it was given up."""
         self.version = version
-        return self._sync()
+        with contextlib.suppress(_GivenUp):
+            return self._sync()
+        return None
 
-    def rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """A group of completions for each prompt."""
+    def rollout(self, prompts: Sequence[Prompt]) -> list[Group] | None:
+        """A group of completions for each prompt. None if the engine was given up."""
         return self.use(lambda sampler: rollout(sampler, prompts, self.params, self.policy.tokenizer))
 
-    def use(self, work: Callable[[Sampler], T]) -> T:
-        """What `work` returns; it is begun again where the engine is lost meanwhile. All processes must call it."""
+    def use(self, work: Callable[[Sampler], T]) -> T | None:
+        """What `work` returns; it is begun again where the engine is lost meanwhile. None if that was given up. All
+        processes must call it, and get None together."""
         done: list[T] = []
-        while True:
-            lost = None
-            if not done:
-                try:
-                    done.append(work(self.sampler))
-                except EngineLost as error:
-                    lost = error
-            if not self._lost_anywhere(lost):
-                return done[0]
-            self._sync(lost, again=True)
+        with contextlib.suppress(_GivenUp):
+            while not self.given_up:
+                lost = None
+                if not done:
+                    try:
+                        done.append(work(self.sampler))
+                    except EngineLost as error:
+                        lost = error
+                if not self._lost_anywhere(lost):
+                    return done[0]
+                self._sync(lost, again=True)
+        return None
 
     def close(self) -> None:
         """Free the engine."""
@@ -195,7 +212,14 @@ class Engine:
         pool.follow(report.fingerprints, version=report.version)
 
     def _lost_anywhere(self, lost: EngineLost | None) -> bool:
-        """Whether any process has lost its engine; raises where that has been too often."""
+        """Whether any process has lost its engine; raises where that has been too often, or any was told to leave."""
+        found = self.world.gather([(lost is not None, self.leaving())])
+        if not any(gone for gone, _ in found):
+            return False
+        if any(leaving for _, leaving in found):
+            log.warning("the engine is lost, and the run was told to leave: it goes on when it is resumed")
+            self.given_up = True
+            raise _GivenUp
         if lost is not None:
             if self.restarts >= self.max_restarts:
                 raise EngineLost(
@@ -204,11 +228,16 @@ class Engine:
                 ) from lost
             now = "waiting for it" if isinstance(self.sampler, ServerPool) else "starting it again"
             log.warning("%s; %s (%d of %d)", lost, now, self.restarts + 1, self.max_restarts)
-        return any(self.world.gather([lost is not None]))
+        return True
 
 
-def connect(sampling: SamplingConfig, *, positions: int, rank: int) -> ServerPool:
-    """The servers of `sampling.server_urls`, once they are there. positions: of the model. Raises UserError."""
+class _GivenUp(Exception):
+    """An engine is lost and the run was told to leave; all processes raise it at the same point."""
+
+
+def connect(sampling: SamplingConfig, *, positions: int, rank: int, leaving: Callable[[], bool]) -> ServerPool:
+    """The servers of `sampling.server_urls`, once they are there. positions: of the model. leaving: whether to stop
+    waiting for them. Raises UserError."""
     room = max(sampling.max_prompt_tokens + sampling.max_tokens, CANARY_TOKENS + 1)
     try:
         return ServerPool(
@@ -219,6 +248,7 @@ def connect(sampling: SamplingConfig, *, positions: int, rank: int) -> ServerPoo
             time_limit=sampling.time_limit,
             start_limit=sampling.time_limit,
             rank=rank,
+            leaving=leaving,
         )
     except EngineLost as error:
         raise UserError(f"sampling.server_urls: {error}; start it by: python -m sampling.serve --model ...") from error

@@ -160,7 +160,7 @@ class Run:
             check_space(folder.path, (config.checkpoint.keep + 2) * checkpoint_bytes(self.policy))
         self.saved = -1 if checkpoint is None else self.done
         text = [i for prompt in self.prompts.first(16) for i in prompt.ids]
-        self.engine = Engine(config, world, self.policy, model=model, text=text)
+        self.engine = Engine(config, world, self.policy, model=model, text=text, leaving=lambda: interrupt.requested)
         self.metrics = self._metrics_log() if world.is_main else None
 
     @property
@@ -172,8 +172,7 @@ class Run:
         """The run: evaluate, step after step, evaluate, save."""
         before = after = None
         with self._tracker() as tracker:
-            self.sync(tracker)
-            if self.done == 0:
+            if self.sync(tracker) is not None and self.done == 0:
                 before = self.evaluate(self.config.evaluation.problems, tracker)
                 self.record(0, {} if before is None else evaluation_metrics(before))
             while self.done < self.config.steps and not self.told_to_leave():
@@ -229,10 +228,13 @@ class Run:
         failpoint("step/synced")
 
         metrics |= rollout_metrics([*rollout.groups, *rollout.spare], self.world) | rollout.metrics
+        if report is not None:
+            metrics |= {
+                "weights/version": float(report.version),
+                "weights/canary_mean": report.canary_mean,
+                "weights/canary_max": report.canary_max,
+            }
         metrics |= {
-            "weights/version": float(report.version),
-            "weights/canary_mean": report.canary_mean,
-            "weights/canary_max": report.canary_max,
             "time/rollout": timer["sampling"],
             "time/reward": timer["scoring"],
             "time/update": timer["updating"],
@@ -262,7 +264,7 @@ class Run:
             with self.phase(tracker, "sampling", self.engine.name, timer):
                 new = self.engine.rollout(own)
             failpoint("step/sampled")
-            if self.told_to_leave():
+            if new is None or self.told_to_leave():
                 return None
             with self.phase(tracker, "scoring", "reward workers", timer):
                 logged |= self.score(new, tracker) if new else {}
@@ -292,8 +294,8 @@ class Run:
             tracker.log(f"reward unknown: {unknown.reward}, completion {unknown.row}: {unknown.reason}")
         return scores.metrics
 
-    def sync(self, tracker: StepTracker, timer: Timer | None = None) -> SyncReport:
-        """The sampler gets the policy's weights and proves it."""
+    def sync(self, tracker: StepTracker, timer: Timer | None = None) -> SyncReport | None:
+        """The sampler gets the policy's weights and proves it. None if it is lost and a signal came."""
         with self.phase(tracker, "syncing", self.engine.name, timer):
             return self.engine.sync(self.done)
 

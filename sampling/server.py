@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from runtime.errors import UserError
+from runtime.failpoints import failpoint
 from sampling.attest import Canary, SyncReport, WeightsMismatch, sync
 from sampling.process import EngineLost
 from sampling.protocol import Completion, Fingerprints, SamplingParams, Weights, check_seeds
@@ -62,17 +63,18 @@ class ServerSampler:
         transfer: Transfer = "auto",
         time_limit: float = 600.0,
         start_limit: float = 600.0,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         """Wait until the server answers.
 
         room: tokens of the longest prompt with its completion. time_limit: seconds a call may take. start_limit:
-        seconds for a server to be there.
+        seconds for a server to be there. leaving: whether to wait no longer.
         Raises UserError for a server that can't do what is asked, EngineLost for one that doesn't come.
         """
         self.wire = Wire(url, key=read_key())
         self.version = -1
         self.time_limit, self.start_limit = time_limit, start_limit
-        self.room = room
+        self.room, self.leaving = room, leaving
         self._asked_for = transfer
         self._shelf, self._broadcast = shelf, Broadcast(self.wire)
         self._tag, self._name = "", ""
@@ -89,8 +91,11 @@ class ServerSampler:
                 self._meet(min(self.time_limit, deadline - time.monotonic()))
                 return
             except EngineLost as error:
+                if self.leaving():
+                    raise EngineLost(f"{error}; it is waited for no longer, as this run was told to leave") from error
                 if time.monotonic() + POLL >= deadline:
                     raise EngineLost(f"{error}; waited {self.start_limit:g} s for it to be started") from error
+                failpoint("server/waiting")
                 if not told:
                     log.info("waiting for %s: %s", self.wire.url, error)
                     told = True
@@ -347,6 +352,7 @@ class ServerPool:
         time_limit: float = 600.0,
         start_limit: float = 600.0,
         rank: int = 0,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         """As `ServerSampler`. rank: of this process in the run; one process brings the weights (`sync`), the others
         follow (`follow`)."""
@@ -354,7 +360,9 @@ class ServerPool:
         """How often lost servers were waited for."""
         self.rank = rank
         self._shelf = Shelf(weights_dir)
-        make = partial(ServerSampler, shelf=self._shelf, room=room, transfer=transfer, time_limit=time_limit)
+        make = partial(
+            ServerSampler, shelf=self._shelf, room=room, transfer=transfer, time_limit=time_limit, leaving=leaving
+        )
         self.members: list[ServerSampler] = []
         try:
             for url in urls:

@@ -61,7 +61,9 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 class Dying(NativeServer):
     """Our server, which at its n-th completions is replaced by another one, of other weights, at the same address."""
 
-    def __init__(self, model: Path, *, name: str, port: int = 0, dies_at: int | None = None) -> None:
+    def __init__(
+        self, model: Path, *, name: str, port: int = 0, dies_at: int | None = None, has_heir: bool = True
+    ) -> None:
         weights = load_causal_lm(model)
         if name != "first":
             with torch.no_grad():
@@ -71,6 +73,7 @@ class Dying(NativeServer):
         super().__init__(sampler, name=name, port=port)
         sampler.version = 0  # vLLM, too, samples from whatever it holds
         self.calls, self.dies_at, self.model = 0, dies_at, model
+        self.has_heir = has_heir
         self.heir: Dying | None = None
         threading.Thread(target=self.serve, daemon=True).start()
 
@@ -80,7 +83,8 @@ class Dying(NativeServer):
             if self.calls == self.dies_at:
                 super().post(path, body)  # the work is done and is lost
                 self.close()
-                self.heir = Dying(self.model, name="second", port=int(self.url.rsplit(":", 1)[1]))
+                if self.has_heir:
+                    self.heir = Dying(self.model, name="second", port=int(self.url.rsplit(":", 1)[1]))
                 raise RuntimeError("this server is gone")
         return super().post(path, body)
 
@@ -120,6 +124,27 @@ def test_a_server_lost_in_the_middle_of_a_run_changes_nothing(commands, serve, w
     assert server.heir is not None and server.heir.calls > 0
     assert "waiting for it (1 of 3)" in ended.output
     assert differing(without_restarts(whole), without_restarts(outcome(tmp_path))) == []
+
+
+@pytest.mark.parametrize("dies_at", [pytest.param(4, marks=pytest.mark.slow), 8, 12])
+def test_told_to_leave_while_a_server_is_lost_it_saves_and_goes_on_with_another(
+    commands, serve, whole, outcome, tmp_path, dies_at
+):
+    """In the first sync, in a rollout, in a later sync; with no checkpoint but the one for leaving."""
+    server = serve(dies_at=dies_at, has_heir=False)
+    flags = on(server.url, time_limit=600)
+    told = dict(FAILPOINT="server/waiting:2", FAILPOINT_SIGNAL="SIGTERM")
+    ended = commands.grpo(tmp_path, *flags, "--checkpoint.every=100", **told)
+    assert ended.code == 143 and ended.seconds < 60, ended.output
+    assert "the engine is lost, and the run was told to leave" in ended.output
+    ended = commands.grpo(tmp_path, *on(serve().url))
+    assert ended.code == 0, ended.output
+    expected, found = without_restarts(whole), without_restarts(outcome(tmp_path))
+    if dies_at == 12:  # nobody took the second step's weights, and nobody evaluated them
+        kept = found["metrics"][2].keys()
+        assert {key.partition("/")[0] for key in expected["metrics"][2].keys() - kept} == {"weights", "eval"}
+        expected["metrics"][2] = {key: expected["metrics"][2][key] for key in kept}
+    assert differing(expected, found) == []
 
 
 def test_two_servers_share_a_run(commands, serve, whole, tmp_path):
