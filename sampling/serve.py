@@ -158,7 +158,7 @@ class Supervisor:
         self.child = subprocess.Popen(
             # A fresh interpreter in a process group of its own, without the current directory in front (-P).
             [sys.executable, "-P", "-m", f"sampling.{self.backend}_server", str(os.getpid()), json.dumps(settings)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing comes; it ends with this process, which vllm_server.py notices
             env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)},
             start_new_session=True,
         )

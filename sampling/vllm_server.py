@@ -10,6 +10,7 @@ vLLM is imported when it starts; its engine processes import this module for the
 import hmac
 import json
 import os
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -155,10 +156,21 @@ def flags(options: dict[str, Any]) -> list[str]:
     return line
 
 
+def end_group_with_stdin() -> None:
+    """Have this process group killed once nobody holds the other end of stdin, which its launcher does.
+
+    vLLM's engines outlive a server that is killed, and the kernel kills with a launcher only the child it started.
+    """
+    subprocess.Popen(["sh", "-c", "cat > /dev/null; kill -KILL 0"])
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+
+
 def main() -> None:
     """Serve until told to leave, or the parent or the engine dies."""
     parent, settings = int(sys.argv[1]), json.loads(sys.argv[2])
     _die_with_parent(parent)
+    end_group_with_stdin()
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes for weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

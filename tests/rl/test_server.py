@@ -4,6 +4,7 @@ The run is the one of tests/rl/test_kill.py. Quick tests serve from a thread her
 `python -m sampling.serve`, kill or stop what it serves with, and train in two gloo processes.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -288,26 +289,41 @@ def test_two_gloo_trainers_with_a_server_that_is_killed_end_as_two_with_samplers
     assert differing(*found) == []
 
 
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+
+
 @pytest.mark.slow
-def test_a_killed_launcher_takes_its_server_with_it(commands, tmp_path):
-    served = Service(commands.folder / "model", tmp_path / "log", "--backend", "native")
-    deadline = time.monotonic() + 120
+@pytest.mark.parametrize("backend", ["native", pytest.param("vllm", marks=needs_vllm)])
+def test_a_killed_launcher_takes_its_server_and_engines_with_it(tiny_folder, tmp_path, backend):
+    served = Service(tiny_folder, tmp_path / "log", "--backend", backend, "--kv_cache_gib", "0.25")
+    deadline = time.monotonic() + 300
     while "ready at" not in served.log.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
     (child,) = served.children
-    assert alive(child)
+    group = members(child)
+    assert child in group and any("EngineCor" in name(pid) for pid in group) == (backend == "vllm")
     served.process.kill()
     served.process.wait()
-    while alive(child) and time.monotonic() < deadline:
+    while any(map(alive, group)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not alive(child)
+    assert not any(map(alive, group))
+
+
+def members(group: int) -> list[int]:
+    """Processes of a group."""
+    found = []
+    for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                found.append(pid)
+    return found
 
 
 # vLLM.
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+@needs_vllm
 def test_vllms_engine_killed_in_the_middle_of_a_run_comes_back_attested(commands, service, tiny_folder, tmp_path):
     """Two trainers, too. In float32: batches depend on when requests come, and bfloat16 would round to other tokens."""
     model = f"--model={tiny_folder}"  # vLLM has no kernel for experts as small as the commands' own
