@@ -70,9 +70,10 @@ def show(result: Result, console: Console) -> None:
 def show_samples(title: str, accuracy: Accuracy, console: Console, count: int = 2) -> None:
     """A few problems with what the model said. Model text is hostile: shown with its controls spelled out."""
     console.print(Text(f"\n{title}:", style="bold"))
-    for question, answer, right in accuracy.texts[:count]:
-        console.print(Text("  " + visible(question, keep=""), style="dim"))
-        shown = visible(answer, keep="\n").replace("\n", " ⏎ ")
+    for sample in accuracy.samples[:count]:
+        console.print(Text("  " + visible(sample.question, keep=""), style="dim"))
+        shown = visible(sample.text, keep="\n").replace("\n", " ⏎ ")
+        right = sample.grades["accuracy"] == 1
         console.print(Text(f"  {'✓' if right else '✗'} {shown}", style="green" if right else "red"))
 
 

@@ -1,26 +1,42 @@
-"""A trainee on held-out data: its loss on each source, and how many problems it gets right."""
+"""A trainee on held-out data: its loss on each source, how many problems it gets right, and what it said to each."""
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rewards import resolve
+from runtime.files import make_folder, replacing
 from runtime.rows import load_rows
 from runtime.statistics import wilson
 from runtime.weights import checkpoint_tensors
 from sampling.native import NativeSampler
-from sampling.protocol import SamplingParams
+from sampling.protocol import Completion, SamplingParams
 from sft.batch import Batch
 from sft.chat import encode_prompt, is_conversational
 
 EVALUATION_SEED = 0x5EED
 """The same samples at every evaluation: what changes is the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A held-out problem and what the model said."""
+
+    question: str
+    gold: str
+    text: str
+    completion: Completion
+    grades: Mapping[str, float | None]
+    """By each reward; None where it could not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +51,8 @@ class Accuracy:
     """Share in the right layout."""
     problems: int
     """Problems that could be graded."""
-    texts: tuple[tuple[str, str, bool], ...]
-    """The first few: problem, answer, right or not."""
+    samples: tuple[Sample, ...]
+    """Every problem with its answer."""
 
 
 @torch.no_grad()
@@ -89,13 +105,52 @@ def sampled_accuracy(
     mean = sum(graded) / len(graded) if graded else math.nan
     low, high = wilson(mean, len(graded)) if graded else (math.nan, math.nan)
     layout = [value for value in scores["format"] if value is not None]
-    shown = tuple(
-        (_question(row["prompt"]), text, right == 1)
-        for row, text, right in list(zip(rows, texts, scores["accuracy"], strict=True))[:4]
+    sampled = tuple(
+        Sample(
+            question=_question(row["prompt"]),
+            gold=str(row["answer"]),
+            text=texts[i],
+            completion=groups[i][0],
+            grades={name: values[i] for name, values in scores.items()},
+        )
+        for i, row in enumerate(rows)
     )
     return Accuracy(
-        mean=mean, low=low, high=high, format=sum(layout) / max(len(layout), 1), problems=len(graded), texts=shown
+        mean=mean, low=low, high=high, format=sum(layout) / max(len(layout), 1), problems=len(graded), samples=sampled
     )  # fmt: skip
+
+
+SCHEMA = {
+    **dict.fromkeys(("step", "group", "sample"), pa.int64()),
+    **dict.fromkeys(("prompt_text", "completion_text"), pa.string()),
+    "completion_ids": pa.list_(pa.int64()),
+    "logprobs": pa.list_(pa.float64()),
+    **dict.fromkeys(("finish_reason", "answer"), pa.string()),
+}
+"""Columns of an evaluation's file, named as in a rollout's; those of the grades come after them."""
+
+
+def write_samples(folder: Path, samples: Sequence[Sample], *, step: int) -> None:
+    """Write `step-000012.parquet`: a row for each sample, durably or not at all. Raises DiskError."""
+    rows = [
+        {
+            "step": step,
+            "group": i,
+            "sample": 0,
+            "prompt_text": sample.question,
+            "completion_text": sample.text,
+            "completion_ids": sample.completion.ids,
+            "logprobs": sample.completion.logprobs,
+            "finish_reason": sample.completion.finish_reason,
+            "answer": sample.gold,
+            **{f"rewards/{name}": grade for name, grade in sample.grades.items()},
+        }
+        for i, sample in enumerate(samples)
+    ]
+    schema = pa.schema(SCHEMA | {name: pa.float64() for name in rows[0] if name not in SCHEMA})
+    make_folder(folder)
+    with replacing(folder / f"step-{step:06d}.parquet") as aside:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), aside, compression="zstd")
 
 
 def _question(prompt: object) -> str:

@@ -39,7 +39,7 @@ from sft.card import model_card
 from sft.config import SFTConfig
 from sft.data import Data, load_data, set_template
 from sft.epochs import Epochs
-from sft.evaluate import Accuracy, sampled_accuracy, source_losses
+from sft.evaluate import Accuracy, sampled_accuracy, source_losses, write_samples
 from sft.optimizer import MAX_SKIPPED, Optimizer
 from sft.pack import Ints, plan_rows
 from sft.resume import checkpoint_bytes, load_training_state, save_training_state
@@ -247,7 +247,8 @@ class Run:
         return bool(self.config.bias_update_speed or self.config.balance_loss)
 
     def evaluate(self, tracker: StepTracker) -> tuple[dict[str, float], Accuracy | None]:
-        """Held-out loss by source, and accuracy; also keeps the checkpoint with the lowest loss."""
+        """Held-out loss by source, and accuracy, with every sample in evaluation/; also keeps the checkpoint with the
+        lowest loss."""
         config, accuracy = self.config.evaluation, None
         with self.phase(tracker, "evaluating", "trainer"):
             failpoint("sft/evaluating")
@@ -266,6 +267,7 @@ class Run:
                         samples=config.samples,
                         max_tokens=config.max_tokens,
                     )
+                    write_samples(self.folder.path / "evaluation", accuracy.samples, step=self.done)
                     metrics |= {
                         "eval/accuracy": accuracy.mean,
                         "eval/accuracy_low": accuracy.low,

@@ -1,5 +1,7 @@
 """rollouts/*.parquet -> histograms over steps, and completions for people, token by token where a tokenizer is at hand.
 
+A run without rollouts may have its answers to held-out problems in evaluation/, which are for people alone.
+
 Of long runs some steps are read, of large steps some completions, and of long completions the beginning and the end;
 each is counted. The trainer's log-probs are in trainer/, under the same names, where the run has recorded them.
 """
@@ -29,7 +31,7 @@ HEAD, TAIL = 900, 300
 LONGEST_TEXT = 6000
 LARGEST_COLUMN = 1 << 26
 """Bytes of token ids beyond which their number isn't counted."""
-FOLDER, TRAINER = "rollouts", "trainer"
+FOLDER, TRAINER, HELD_OUT = "rollouts", "trainer", "evaluation"
 PART = "rewards/"
 
 
@@ -50,9 +52,9 @@ class Scan:
     """Correlation of length and reward within groups; NaN if there is none."""
 
 
-def files(run: Run) -> dict[int, Path]:
+def files(run: Run, folder: str = FOLDER) -> dict[int, Path]:
     """Step -> its file."""
-    found = ((re.fullmatch(r"step-(\d{1,12})\.parquet", path.name), path) for path in (run.path / FOLDER).glob("*"))
+    found = ((re.fullmatch(r"step-(\d{1,12})\.parquet", path.name), path) for path in (run.path / folder).glob("*"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
@@ -182,7 +184,8 @@ class Browser:
 
 def browse(run: Run, wanted: Sequence[int]) -> Browser:
     """Completions of the first, the last and some other steps, those in `wanted` among them."""
-    there = files(run)
+    folder = FOLDER if files(run) else HELD_OUT
+    there = files(run, folder)
     chosen = {*[step for step in wanted if step in there][: MOST_STEPS // 2]}
     chosen |= set(spread(list(there), MOST_STEPS - len(chosen)))
     pieces = _tokenizer(run)
@@ -190,7 +193,8 @@ def browse(run: Run, wanted: Sequence[int]) -> Browser:
     samples: list[dict[str, Any]] = []
     left, seen, steps = MOST_BYTES, 0, []
     share = MOST_BYTES // max(len(chosen), 1)
-    for step in sorted(chosen):
+    # Of held-out problems first what the trained model says.
+    for step in sorted(chosen, reverse=folder == HELD_OUT):
         left += share - MOST_BYTES if not samples else share
         rows, total = _step(run, step, there[step])
         seen += total
@@ -205,7 +209,9 @@ def browse(run: Run, wanted: Sequence[int]) -> Browser:
             samples.append(sample)
     words = f"{len(samples):,} of the {seen:,} completions of {len(steps):,} steps"
     if len(there) > len(steps):
-        words += f"; the run has {len(there):,} steps with completions, in {FOLDER}/"
+        words += f"; the run has {len(there):,} steps with completions, in {folder}/"
+    if folder == HELD_OUT:
+        words += ", all to held-out problems, the newest first"
     words += ". Right and wrong are by the reward accuracy, or by the reward's sign where there is none."
     tokens, trainer = (any(name in sample for sample in samples) for name in ("tok", "lr"))
     return Browser(prompts=list(prompts), samples=samples, steps=steps, note=words, tokens=tokens, trainer=trainer)
@@ -230,7 +236,7 @@ def _step(run: Run, step: int, path: Path) -> tuple[list[dict[str, Any]], int]:
     if numbers is None or not numbers.num_rows:
         return [], 0
     rows = numbers.to_pylist()
-    equal = [all_equal(group) is not None for group in groups(rows) for _ in group]
+    equal = [len(group) > 1 and all_equal(group) is not None for group in groups(rows) for _ in group]
     for i, row in enumerate(rows):
         row |= {"at": i, "equal": equal[i], "verdict": _verdict(row), "cut": row.get("finish_reason") == "length"}
     picked = [row["at"] for row in pick(rows)]
@@ -268,7 +274,7 @@ def pick(rows: Sequence[dict[str, Any]], most: int = PER_STEP) -> list[dict[str,
 def _verdict(row: dict[str, Any]) -> str:
     """By the reward for right answers where there is one, else by the reward's sign."""
     value = row.get("rewards/accuracy", row.get("reward"))
-    return "unknown" if not is_number(value) or row.get("reward") is None else "right" if value > 0 else "wrong"
+    return "unknown" if not is_number(value) or row.get("reward", value) is None else "right" if value > 0 else "wrong"
 
 
 def _trainer(run: Run, path: Path) -> dict[tuple[Any, ...], list[float]]:
@@ -330,6 +336,8 @@ def _rounded(value: Any) -> float | None:
 
 def _mask(run: Run, row: dict[str, Any]) -> str:
     """Why a completion's tokens had no part in the update; "" if they had one."""
+    if "used" not in row:
+        return "held out: no part in any update"
     if row.get("used") is False:
         return "spare: its group was sampled and not trained on"
     if row["verdict"] == "unknown" or not is_number(row.get("advantage")):
@@ -342,7 +350,7 @@ def _mask(run: Run, row: dict[str, Any]) -> str:
 
 
 def _chips(row: dict[str, Any]) -> list[str]:
-    chips = [f"reward {number(row.get('reward'))}"]
+    chips = [f"reward {number(row['reward'])}"] if "reward" in row else []
     chips += [f"{brief(k[len(PART) :], 60)} {number(row[k])}" for k in row if k.startswith(PART)]
     if is_number(row.get("advantage")):
         chips.append(f"advantage {row['advantage']:+.2f}")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,8 +134,10 @@ def test_a_preview_shows_examples_and_starts_no_run(arguments, capsys, tmp_path)
 
 
 def test_shown_model_text_can_not_take_over_the_terminal():
-    said: Any = ("[bold]2?[/bold]", "\x1b[31m\u202e[red]ok[/red]\x07", True)
-    accuracy = Accuracy(mean=1.0, low=0.5, high=1.0, format=1.0, problems=1, texts=(said,))
+    said: Any = SimpleNamespace(
+        question="[bold]2?[/bold]", text="\x1b[31m\u202e[red]ok[/red]\x07", grades={"accuracy": 1.0}
+    )
+    accuracy = Accuracy(mean=1.0, low=0.5, high=1.0, format=1.0, problems=1, samples=(said,))
     console = Console(record=True, width=80, file=io.StringIO())
     show_samples("after", accuracy, console)
     shown = console.export_text()

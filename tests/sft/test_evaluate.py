@@ -75,10 +75,10 @@ def test_accuracy_grades_what_the_model_samples(model, tokenizer, data):
     found = sampled_accuracy(model, tokenizer, path, samples=2, max_tokens=6)
     assert found.problems == 2 and found.mean in (0, 0.5, 1) and 0 <= found.low <= found.mean <= found.high <= 1
     again = sampled_accuracy(model, tokenizer, path, samples=2, max_tokens=6)
-    assert again.texts == found.texts  # the same samples at every evaluation
-    assert [question for question, _, _ in found.texts] == ["What is 0 + 0?", "What is 1 + 1?"]
-    assert [right for _, _, right in found.texts] == [
-        resolve("accuracy")(completions=[text], completion_ids=None, prompts=[question], answer=[answer])[0] == 1
-        for (question, text, _), answer in zip(found.texts, ("0", "2"), strict=True)
-    ]
+    assert again.samples == found.samples  # the same at every evaluation
+    assert [(s.question, s.gold) for s in found.samples] == [("What is 0 + 0?", "0"), ("What is 1 + 1?", "2")]
+    for s in found.samples:
+        graded = resolve("accuracy")(completions=[s.text], completion_ids=None, prompts=[s.question], answer=[s.gold])
+        assert s.grades["accuracy"] == graded[0]
+        assert s.text == tokenizer.decode(s.completion.ids, skip_special_tokens=True)
     assert sampled_accuracy(model, tokenizer, path, samples=1, max_tokens=6).problems == 1

@@ -17,6 +17,8 @@ import deepseek_v3
 from runtime.errors import UserError
 from runtime.metrics import read_metrics
 from runtime.models import load_causal_lm, load_tokenizer
+from runtime.report.read import read_run
+from runtime.report.rollouts import browse
 from runtime.run_folder import open_run
 from sft.chat import encode_conversation
 from sft.config import CheckpointConfig, EvaluationConfig, LoraConfig, OptimConfig
@@ -96,7 +98,17 @@ def test_two_examples_are_learnt_by_heart(go, tmp_path):
     assert losses(result)[0] > 3 and losses(result)[-1] < 0.05
     assert result.before is not None and result.before.mean == 0
     assert result.after is not None and result.after.mean == 1
-    assert [text for _, text, _ in result.after.texts] == [answer for _, answer in asked]
+    assert [sample.text for sample in result.after.samples] == [answer for _, answer in asked]
+    # What it said, before and after, is in the report.
+    browser = browse(read_run(result.run_dir), wanted=[])
+    assert browser.steps == [result.steps, 0]
+    assert [browser.prompts[s["p"]] for s in browser.samples] == [question for question, _ in asked] * 2
+    assert [s["v"] for s in browser.samples] == ["right", "right", "wrong", "wrong"]
+    for shown, (_, answer), sample in zip(browser.samples[:2], asked, result.after.samples, strict=True):
+        assert shown["mask"] == "held out: no part in any update" and not shown["eq"]
+        assert "".join(shown["tok"]).startswith(answer) and shown["len"] == len(sample.completion.ids)
+        assert shown["lp"] == pytest.approx(sample.completion.logprobs, rel=0.01)
+        assert shown["chips"] == ["accuracy 1", f"format {sample.grades['format']:g}"]
 
 
 def test_the_loss_is_the_plain_mean_over_what_the_assistant_says_and_its_end(go, v3, tokenizer, tmp_path):
