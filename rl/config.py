@@ -246,7 +246,7 @@ class GRPOConfig:
     line from 0 to −1, and a completion that is cut gets −1; 0: off. It is added to the reward with weight 1."""
     reward_time_limit: float = 10.0
     """Seconds a reward function may take for one call before its rows become unknown."""
-    steps: int = 25
+    steps: int = 40
     """Rollouts, each followed by its updates."""
     prompts_per_step: int = 16
     """Prompts per rollout, over all processes."""

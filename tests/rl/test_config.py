@@ -89,7 +89,7 @@ def test_what_r1_zero_ran_with_is_allowed():
 
 def test_defaults_are_the_demo():
     config = GRPOConfig()
-    assert (config.model, config.data, config.steps) == ("tiny", "stories", 25)
+    assert (config.model, config.data, config.steps) == ("tiny", "stories", 40)
     assert (config.prompts_per_step, config.group_size, config.sampling.temperature) == (16, 8, 1.0)
     assert config.rewards == {"accuracy": 1.0, "format": 0.0}
 
