@@ -29,8 +29,10 @@ from recipes.grpo import tiny_model
 from rewards.completions import after_thinking, text_of
 from rewards.model_based.scalar import Reading, RewardModel, RewardModelConfig, encode
 from rl.evaluate import Estimate
+from rl.record import prompt_text
 from runtime.checkpoint import save_checkpoint
 from runtime.errors import UserError
+from runtime.held_out import write_held_out
 from runtime.metrics import MetricsLog
 from runtime.models import load_tokenizer
 from runtime.progress import StepTracker, track_steps
@@ -103,10 +105,12 @@ class Accuracy:
     """Read without judgements."""
     judged: Estimate | None
     """With them, if it has learnt to read them and the pairs have them."""
+    rows: list[dict[str, Any]]
+    """Every pair as it was scored without judgements, for `runtime.held_out`."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {name: value and dataclasses.asdict(value) for name, value in vars(self).items()}
+        """The estimates as plain values."""
+        return {name: value and dataclasses.asdict(value) for name, value in vars(self).items() if name != "rows"}
 
 
 def run(config: RewardModelTraining) -> None:
@@ -180,6 +184,8 @@ def train(
         model=path, args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
     )
     before = accuracy(RewardModel(trainer.model.eval(), tokenizer, reading=reading), held_out)
+    if folder:
+        write_held_out(folder.path, before.rows, step=0)
     steps = -(-len(pairs) // (config.batch_size * trainer.accelerator.num_processes)) * config.epochs
     with track_steps(steps, "training the reward model", console=console) as tracker:
         _follow(trainer, tracker, folder, config)
@@ -190,6 +196,7 @@ def train(
     trained = RewardModel(trainer.accelerator.unwrap_model(trainer.model), tokenizer, reading=reading)
     final = save_checkpoint(folder.checkpoints_dir, "final", trained.save, info={"step": trainer.state.global_step})
     after = accuracy(RewardModel.load(RewardModelConfig(model=str(final))), held_out)
+    write_held_out(folder.path, after.rows, step=trainer.state.global_step)
     return before, after
 
 
@@ -231,14 +238,16 @@ def _follow(trainer: Any, tracker: StepTracker, folder: RunFolder | None, config
 def accuracy(model: RewardModel, rows: Sequence[Row]) -> Accuracy:
     """The share of pairs whose better response scores higher, with a 95 % interval."""
 
-    def share(rows: Sequence[Row], *, judged: bool) -> Estimate:
-        scores: dict[str, list[float | None]] = {}
+    def score(rows: Sequence[Row], *, judged: bool) -> list[tuple[float | None, float | None]]:
+        """Of each pair's chosen and rejected response."""
+        scores: list[list[float | None]] = []
         for side in ("chosen", "rejected"):
             written = [row[f"{side}_judgement"] for row in rows] if judged else None
-            scores[side] = model.score([row["prompt"] for row in rows], [row[side] for row in rows], written)
-        known = [
-            (c, r) for c, r in zip(scores["chosen"], scores["rejected"], strict=True) if c is not None and r is not None
-        ]
+            scores.append(model.score([row["prompt"] for row in rows], [row[side] for row in rows], written))
+        return list(zip(*scores, strict=True))
+
+    def share(scores: Sequence[tuple[float | None, float | None]]) -> Estimate:
+        known = [(c, r) for c, r in scores if c is not None and r is not None]
         if not known:
             return Estimate(mean=float("nan"), low=float("nan"), high=float("nan"))
         mean = sum(c > r for c, r in known) / len(known)
@@ -246,10 +255,31 @@ def accuracy(model: RewardModel, rows: Sequence[Row]) -> Accuracy:
         return Estimate(mean=mean, low=low, high=high)
 
     with_judgement = [row for row in rows if row["chosen_judgement"] is not None]
+    plain = score(rows, judged=False)
     return Accuracy(
-        plain=share(rows, judged=False),
-        judged=share(with_judgement, judged=True) if model.reading.judgements and with_judgement else None,
+        plain=share(plain),
+        judged=share(score(with_judgement, judged=True)) if model.reading.judgements and with_judgement else None,
+        rows=[row for i, pair in enumerate(zip(rows, plain, strict=True)) for row in _scored(*pair, i, model)],
     )
+
+
+def _scored(row: Row, scores: tuple[float | None, float | None], number: int, model: RewardModel) -> list[Row]:
+    """The two responses of a pair, each with its score and whether the pair is put right."""
+    chosen, rejected = scores
+    right = None if chosen is None or rejected is None else float(chosen > rejected)
+    return [
+        {
+            "group": number,
+            "sample": i,
+            "prompt_text": prompt_text(row["prompt"]),
+            "completion_text": row[side],
+            "completion_ids": model.tokenizer(row[side], add_special_tokens=False)["input_ids"],
+            "answer": side,
+            "reward": scores[i],
+            "rewards/accuracy": right,
+        }
+        for i, side in enumerate(("chosen", "rejected"))
+    ]
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: Any, config: RewardModelTraining) -> Iterator[dict[str, list[int]]]:

@@ -4,17 +4,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rewards import resolve
-from runtime.files import make_folder, replacing
 from runtime.rows import load_rows
 from runtime.statistics import wilson
 from runtime.weights import checkpoint_tensors
@@ -120,21 +116,10 @@ def sampled_accuracy(
     )  # fmt: skip
 
 
-SCHEMA = {
-    **dict.fromkeys(("step", "group", "sample"), pa.int64()),
-    **dict.fromkeys(("prompt_text", "completion_text"), pa.string()),
-    "completion_ids": pa.list_(pa.int64()),
-    "logprobs": pa.list_(pa.float64()),
-    **dict.fromkeys(("finish_reason", "answer"), pa.string()),
-}
-"""Columns of an evaluation's file, named as in a rollout's; those of the grades come after them."""
-
-
-def write_samples(folder: Path, samples: Sequence[Sample], *, step: int) -> None:
-    """Write `step-000012.parquet`: a row for each sample, durably or not at all. Raises DiskError."""
-    rows = [
+def held_out_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Samples as `runtime.held_out` writes them."""
+    return [
         {
-            "step": step,
             "group": i,
             "sample": 0,
             "prompt_text": sample.question,
@@ -147,10 +132,6 @@ def write_samples(folder: Path, samples: Sequence[Sample], *, step: int) -> None
         }
         for i, sample in enumerate(samples)
     ]
-    schema = pa.schema(SCHEMA | {name: pa.float64() for name in rows[0] if name not in SCHEMA})
-    make_folder(folder)
-    with replacing(folder / f"step-{step:06d}.parquet") as aside:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), aside, compression="zstd")
 
 
 def _question(prompt: object) -> str:

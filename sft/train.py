@@ -25,6 +25,7 @@ from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.failpoints import failpoint
 from runtime.files import write_durably
+from runtime.held_out import write_held_out
 from runtime.interrupt import Interrupt
 from runtime.metrics import MetricsLog
 from runtime.models import end_token_ids, load_causal_lm, load_tokenizer
@@ -39,7 +40,7 @@ from sft.card import model_card
 from sft.config import SFTConfig
 from sft.data import Data, load_data, set_template
 from sft.epochs import Epochs
-from sft.evaluate import Accuracy, sampled_accuracy, source_losses, write_samples
+from sft.evaluate import Accuracy, held_out_rows, sampled_accuracy, source_losses
 from sft.optimizer import MAX_SKIPPED, Optimizer
 from sft.pack import Ints, plan_rows
 from sft.resume import checkpoint_bytes, load_training_state, save_training_state
@@ -267,7 +268,7 @@ class Run:
                         samples=config.samples,
                         max_tokens=config.max_tokens,
                     )
-                    write_samples(self.folder.path / "evaluation", accuracy.samples, step=self.done)
+                    write_held_out(self.folder.path, held_out_rows(accuracy.samples), step=self.done)
                     metrics |= {
                         "eval/accuracy": accuracy.mean,
                         "eval/accuracy_low": accuracy.low,

@@ -1,6 +1,6 @@
 """rollouts/*.parquet -> histograms over steps, and completions for people, token by token where a tokenizer is at hand.
 
-A run without rollouts may have its answers to held-out problems in evaluation/, which are for people alone.
+A run without rollouts may have its answers to held-out problems (runtime/held_out.py), which are for people alone.
 
 Of long runs some steps are read, of large steps some completions, and of long completions the beginning and the end;
 each is counted. The trainer's log-probs are in trainer/, under the same names, where the run has recorded them.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.held_out import FOLDER as HELD_OUT
 from runtime.progress import visible
 from runtime.report.read import Run, brief, cut, is_number, number
 
@@ -31,7 +32,7 @@ HEAD, TAIL = 900, 300
 LONGEST_TEXT = 6000
 LARGEST_COLUMN = 1 << 26
 """Bytes of token ids beyond which their number isn't counted."""
-FOLDER, TRAINER, HELD_OUT = "rollouts", "trainer", "evaluation"
+FOLDER, TRAINER = "rollouts", "trainer"
 PART = "rewards/"
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -26,6 +27,8 @@ from rewards.model_based.scalar import RewardModel, RewardModelConfig, encode
 from rl.score import Scorer
 from runtime.errors import UserError
 from runtime.metrics import read_metrics
+from runtime.report.read import read_run
+from runtime.report.rollouts import browse
 from runtime.rows import BadRow
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +186,15 @@ def test_a_run_learns_saves_and_pays(checkpoint, tmp_path, capsys):
     assert {"loss", "accuracy", "margin", "learning_rate", "grad_norm"} <= set(metrics[0])
     assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[-1]["step"] == 20
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == to_dict(config)
+    # Its report shows held-out pairs as they were scored: as many are right as the estimate says.
+    assert browse(read_run(tmp_path / "run"), wanted=[]).steps == [20, 0]
+    for step, when in ((0, "before"), (20, "after")):
+        scored = pq.read_table(tmp_path / f"run/evaluation/step-{step:06d}.parquet").to_pylist()
+        pairs = list(zip(scored[::2], scored[1::2], strict=True))
+        assert [(c["answer"], r["answer"]) for c, r in pairs] == [("chosen", "rejected")] * 80
+        right = [c["reward"] > r["reward"] for c, r in pairs]
+        assert [c["rewards/accuracy"] == r["rewards/accuracy"] == 1 for c, r in pairs] == right
+        assert sum(right) / 80 == pytest.approx(written[when]["plain"]["mean"])
     final = tmp_path / "run/checkpoints/final"
     assert json.loads((final / "reading.json").read_text()) == {
         "part": "whole",
