@@ -9,7 +9,7 @@ our caches are full, and math-verify is spared the parsing of golds. Timed are o
 labelled, and no hostile ones, on which math-verify waits for its 5 s alarm. Accuracy is over all.
 
 math-verify at its best: LaTeX and expressions, box first, relations compared with sets. Its defaults, verl's choice,
-letters of choices and strict=False made as many mistakes or more. It may live elsewhere: `--peer_python`.
+letters of choices and strict=False made as many mistakes or more. Another version may live elsewhere: `--peer_python`.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("DATA", ROOT.parent / "shared/data")) / "math_cases.jsonl"
-PEER = "math-verify[antlr4_13_2]==0.9.0"
 REASONING = "First let us see what is given. If $a+b=12$ and $a-b=4$ then $a=8$, so the other is $4$; that checks. "
 WHOLE = ("\\boxed", "\\fbox", "<think>", "<answer>", "</think>")
 """A response with one of these is a completion; another is a bare answer, and gets a box."""
@@ -170,7 +169,7 @@ class Grader:
     def _read(self) -> Any:
         assert self._process.stdout
         if not (line := self._process.stdout.readline()):
-            sys.exit(f"{self.name} ended; its error is above. math-verify: uv pip install '{PEER}', or --peer_python")
+            sys.exit(f"{self.name} ended; its error is above; `make setup` installs math-verify, or name --peer_python")
         return json.loads(line)
 
 
