@@ -63,6 +63,12 @@ class Evidence:
         tail = _quarters(points(self.metrics, key))[1]
         return (max(tail, key=lambda point: point[1])[0],) if tail else ()
 
+    @property
+    def most_reward(self) -> float:
+        """What the weights of rewards sum to; 0 where they aren't known."""
+        weights = [v for k, v in self.run.config.items() if k.startswith("rewards.") and isinstance(v, int | float)]
+        return math.fsum(max(w, 0.0) for w in weights)
+
     def span(self, key: str) -> str:
         """The steps of the last quarter, in words."""
         steps = [step for step, _ in _quarters(points(self.metrics, key))[1]]
@@ -110,8 +116,7 @@ def equal_groups(e: Evidence) -> Check | None:
 
 def saturation(e: Evidence) -> Check | None:
     """A reward that has nothing left to give."""
-    weights = [v for k, v in e.run.config.items() if k.startswith("rewards.") and isinstance(v, int | float)]
-    reward, most = e.late("reward"), math.fsum(max(w, 0.0) for w in weights)
+    reward, most = e.late("reward"), e.most_reward
     if math.isnan(reward) or not most:
         return None
     share = reward / most
@@ -126,6 +131,26 @@ def saturation(e: Evidence) -> Check | None:
         finding=said if share > 0.95 else "",
         figure="reward",
         samples="verdict=right",
+    )
+
+
+def reward_fell(e: Evidence) -> Check | None:
+    """A policy that loses what it could do."""
+    before, after, most = e.early("reward"), e.late("reward"), e.most_reward
+    if len(values(e.metrics, "reward")) < 8 or not most:
+        return None
+    fall = (before - after) / most
+    said = (
+        f"The reward fell from {before:.3g} to {after:.3g}: lower optim.lr or raise loss.beta, unless it was the "
+        "problems that got harder."
+    )
+    return Check(
+        name="fall of the reward, of the most its weights allow",
+        value=f"{fall:.0%}",
+        limit="10 %",
+        finding=said if fall > 0.1 else "",
+        figure="reward",
+        samples="verdict=wrong",
     )
 
 
@@ -175,7 +200,10 @@ def accuracy_fell(e: Evidence) -> Check | None:
     if len(seen) < 2 or len(low) != len(seen) or len(high) != len(seen):
         return None
     bad = high[-1] < low[0]
-    said = f"Held-out accuracy fell from {seen[0]:.1%} to {seen[-1]:.1%}: the intervals don't meet."
+    said = (
+        f"Held-out accuracy fell from {seen[0]:.1%} to {seen[-1]:.1%}, beyond both intervals: lower optim.lr, or stop "
+        "at an earlier checkpoint."
+    )
     return Check(
         name="held-out accuracy, first and last",
         value=f"{seen[0]:.1%}, {seen[-1]:.1%}",
@@ -553,7 +581,17 @@ def pairs_put_right(e: Evidence) -> Check | None:
 
 
 CHECKS: tuple[Callable[[Evidence], Check | None], ...] = (
-    *(equal_groups, accuracy_fell, unknown_rewards, truncation, length_hacking, length_pays, dominance, saturation),
+    *(
+        equal_groups,
+        accuracy_fell,
+        reward_fell,
+        unknown_rewards,
+        truncation,
+        length_hacking,
+        length_pays,
+        dominance,
+        saturation,
+    ),
     *(entropy_collapse, kl_drift, clipping, sampler_gap, gap_rises, stale_weights),
     *(skipped_updates, gradient_spikes, overfitting, packing, rejected_rows, sampling_share),
     *(acceptance, unknown_verdicts, pass_rate_ends, pairs_put_right),

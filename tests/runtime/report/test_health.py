@@ -60,6 +60,12 @@ CASES: list[tuple[str, dict[str, list[float]], dict[str, list[float]], dict[str,
         {},
     ),
     (
+        "The reward fell from 0.5 to 0.3",
+        {"reward": [0.5] * 6 + [0.3] * 2},
+        {"reward": [0.5] * 6 + [0.36] * 2},
+        PAID,
+    ),
+    (
         "Completions grew by 40%",
         LONG | {"rewards/accuracy/mean": [0.3] * 8},
         LONG | {"rewards/accuracy/mean": [0.3] * 4 + [0.5] * 4},  # it pays: no hack
@@ -200,7 +206,7 @@ def test_a_reward_models_findings() -> None:
 
 def test_a_run_without_numbers_has_nothing_to_check() -> None:
     assert examine(evidence({})) == []
-    assert len(CHECKS) == len(set(CHECKS)) == 24
+    assert len(CHECKS) == len(set(CHECKS)) == 25
 
 
 def test_every_finding_has_a_threshold_and_a_figure() -> None:
