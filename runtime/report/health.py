@@ -581,17 +581,8 @@ def pairs_put_right(e: Evidence) -> Check | None:
 
 
 CHECKS: tuple[Callable[[Evidence], Check | None], ...] = (
-    *(
-        equal_groups,
-        accuracy_fell,
-        reward_fell,
-        unknown_rewards,
-        truncation,
-        length_hacking,
-        length_pays,
-        dominance,
-        saturation,
-    ),
+    *(equal_groups, accuracy_fell, reward_fell, unknown_rewards, truncation),
+    *(length_hacking, length_pays, dominance, saturation),
     *(entropy_collapse, kl_drift, clipping, sampler_gap, gap_rises, stale_weights),
     *(skipped_updates, gradient_spikes, overfitting, packing, rejected_rows, sampling_share),
     *(acceptance, unknown_verdicts, pass_rate_ends, pairs_put_right),
