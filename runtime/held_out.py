@@ -1,4 +1,4 @@
-"""A model's answers to held-out problems -> evaluation/step-000012.parquet in its run folder, which the report shows.
+"""A model's answers to held-out problems -> held_out/step-000012.parquet in its run folder, which the report shows.
 
 Columns are named as in GRPO's rollouts (rl/record.py), as far as there is something to say.
 """
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from runtime.files import make_folder, replacing
 
-FOLDER = "evaluation"
+FOLDER = "held_out"
 
 SCHEMA = {
     **dict.fromkeys(("step", "group", "sample"), pa.int64()),

@@ -248,7 +248,7 @@ class Run:
         return bool(self.config.bias_update_speed or self.config.balance_loss)
 
     def evaluate(self, tracker: StepTracker) -> tuple[dict[str, float], Accuracy | None]:
-        """Held-out loss by source, and accuracy, with every sample in evaluation/; also keeps the checkpoint with the
+        """Held-out loss by source, and accuracy, with every sample in held_out/; also keeps the checkpoint with the
         lowest loss."""
         config, accuracy = self.config.evaluation, None
         with self.phase(tracker, "evaluating", "trainer"):

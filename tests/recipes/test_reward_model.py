@@ -189,7 +189,7 @@ def test_a_run_learns_saves_and_pays(checkpoint, tmp_path, capsys):
     # Its report shows held-out pairs as they were scored: as many are right as the estimate says.
     assert browse(read_run(tmp_path / "run"), wanted=[]).steps == [20, 0]
     for step, when in ((0, "before"), (20, "after")):
-        scored = pq.read_table(tmp_path / f"run/evaluation/step-{step:06d}.parquet").to_pylist()
+        scored = pq.read_table(tmp_path / f"run/held_out/step-{step:06d}.parquet").to_pylist()
         pairs = list(zip(scored[::2], scored[1::2], strict=True))
         assert [(c["answer"], r["answer"]) for c, r in pairs] == [("chosen", "rejected")] * 80
         right = [c["reward"] > r["reward"] for c, r in pairs]
