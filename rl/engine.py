@@ -48,7 +48,7 @@ class Engine:
         *,
         model: Path | str,
         text: Sequence[int],
-        leaving: Callable[[], bool] = lambda: False,
+        leaving: Callable[[], bool],
     ) -> None:
         """model: the checkpoint the policy was loaded from. text: token ids to make the canary of. leaving: whether to
         give an engine up that is lost."""
