@@ -127,9 +127,9 @@ def test_a_server_lost_in_the_middle_of_a_run_changes_nothing(commands, serve, w
     assert differing(without_restarts(whole), without_restarts(outcome(tmp_path))) == []
 
 
-@pytest.mark.parametrize("dies_at", [pytest.param(4, marks=pytest.mark.slow), 8, 12])
+@pytest.mark.parametrize(("dies_at", "saved"), [pytest.param(4, 0, marks=pytest.mark.slow), (8, 1), (12, 2)])
 def test_told_to_leave_while_a_server_is_lost_it_saves_and_goes_on_with_another(
-    commands, serve, whole, outcome, tmp_path, dies_at
+    commands, serve, whole, outcome, tmp_path, dies_at, saved
 ):
     """In the first sync, in a rollout, in a later sync; with no checkpoint but the one for leaving."""
     server = serve(dies_at=dies_at, has_heir=False)
@@ -138,6 +138,7 @@ def test_told_to_leave_while_a_server_is_lost_it_saves_and_goes_on_with_another(
     ended = commands.grpo(tmp_path, *flags, "--checkpoint.every=100", **told)
     assert ended.code == 143 and ended.seconds < 60, ended.output
     assert "the engine is lost, and the run was told to leave" in ended.output
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [f"step-{saved:06d}"]
     ended = commands.grpo(tmp_path, *on(serve().url))
     assert ended.code == 0, ended.output
     expected, found = without_restarts(whole), without_restarts(outcome(tmp_path))
