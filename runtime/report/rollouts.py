@@ -237,7 +237,7 @@ def _step(run: Run, step: int, path: Path) -> tuple[list[dict[str, Any]], int]:
     if numbers is None or not numbers.num_rows:
         return [], 0
     rows = numbers.to_pylist()
-    equal = [len(group) > 1 and all_equal(group) is not None for group in groups(rows) for _ in group]
+    equal = [all_equal(group) is not None for group in groups(rows) for _ in group]
     for i, row in enumerate(rows):
         row |= {"at": i, "equal": equal[i], "verdict": _verdict(row), "cut": row.get("finish_reason") == "length"}
     picked = [row["at"] for row in pick(rows)]
